@@ -1,0 +1,219 @@
+"""The values that pass between the verbs. Frozen, JSON in and out, no Prefect and no SDK.
+
+TrainRequest -> JobSpec -> Plan -> JobRef -> JobStatus... -> Result
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, Field, JsonValue
+
+from trainer.contract import (
+    DatasetRef,
+    FailureReason,
+    ManifestFile,
+    Progress,
+    SplitConfig,
+    StoredRecord,
+    TrainConfig,
+    UserInput,
+    utc_now,
+)
+
+
+class JobState(StrEnum):
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    UNKNOWN = "unknown"
+
+    @property
+    def is_terminal(self) -> bool:
+        """UNKNOWN and STOPPING are not: such a job may still run, and cost."""
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+
+class Resources(UserInput):
+    """What a job needs of a machine. Empty fields are chosen by the provider."""
+
+    accelerator: str | None = Field(None, description="GPU model such as T4, L4, A100-80GB. Empty: what the profile offers.")
+    accelerator_count: int = Field(0, ge=0, le=16, description="GPUs per node.")
+    cpus: float | None = Field(None, gt=0, description="CPU cores per node.")
+    memory_gib: float | None = Field(None, gt=0, description="Memory per node in GiB.")
+    disk_gib: float | None = Field(None, gt=0, description="Disk per node in GiB.")
+    nodes: int = Field(1, ge=1, le=64, description="Machines that train together.")
+    spot: bool = Field(False, description="Use cheaper machines that may be taken away.")
+    region: str | None = Field(None, description="Region. Empty: the profile's.")
+    instance_type: str | None = Field(None, description="The provider's own machine name; overrides the fields above.")
+
+
+class TrainRequest(UserInput):
+    """What a person asks for: one training. The parameters of the flow `train`, in one value."""
+
+    dataset: str = Field(min_length=1)
+    profile: str = "local"
+    config: TrainConfig = Field(default_factory=TrainConfig)
+    split: SplitConfig = Field(default_factory=SplitConfig)
+    resources: Resources = Field(default_factory=Resources)
+    max_problem_share: float = Field(0.05, ge=0, le=1)
+    max_runtime_seconds: int = Field(86_400, ge=60, le=28 * 86_400)
+    max_cost_usd: float | None = Field(None, gt=0)
+    max_attempts: int = Field(3, ge=1, le=10)
+    output: str | None = None
+    name: str | None = Field(None, max_length=63)
+    project: str | None = Field(None, max_length=63)
+    cost_centre: str | None = Field(None, max_length=63)
+
+
+class JobSpec(UserInput):
+    """One attempt of a run, complete: a provider needs nothing else to write its request."""
+
+    run_id: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
+    attempt: int = Field(1, ge=1)
+    name: str
+    config: TrainConfig
+    dataset: DatasetRef
+    resources: Resources = Field(default_factory=Resources)
+    output_uri: str
+    image: str | None = Field(None, description="Container image by digest; None for a draft, or where no container runs.")
+    secrets: dict[str, str] = Field(default_factory=dict, description="Name to reference in the provider's secret store; never a value.")
+    max_runtime_seconds: int
+    max_cost_usd: float | None = None
+    owner: str = ""
+    project: str = ""
+    cost_centre: str = ""
+    flow_run_id: str = ""
+    profile: str = ""
+
+    @property
+    def attempt_uri(self) -> str:
+        return f"{self.output_uri}/{self.run_id}/attempts/{self.attempt}"
+
+
+class Problem(StoredRecord):
+    field: str
+    message: str
+    hint: str = ""
+
+
+class Price(StoredRecord):
+    usd_per_hour: float
+    as_of: str
+    source: str
+
+
+class Plan(StoredRecord):
+    """A spec as one provider will run it. `request` is the exact native body; the fingerprint identifies it."""
+
+    provider: str
+    spec: JobSpec
+    instance_type: str
+    region: str
+    request: dict[str, JsonValue]
+    price: Price | None = None
+    worst_case_usd: float | None = Field(None, description="Price times nodes times the maximum run time.")
+    fingerprint: str
+    warnings: tuple[str, ...] = ()
+
+
+class JobRef(StoredRecord):
+    """Where a job is. Any process that holds one can go on from here."""
+
+    provider: str
+    native_id: str
+    run_id: str
+    attempt: int
+    scope: str = Field("", description="Region, project or namespace; the host for local jobs.")
+    output_uri: str = Field(description="The attempt's folder.")
+    fingerprint: str
+    submitted_at: AwareDatetime = Field(default_factory=utc_now)
+    console_url: str = ""
+
+
+class JobStatus(StoredRecord):
+    """One observation of a job."""
+
+    state: JobState
+    native_state: str = ""
+    reason: FailureReason | None = None
+    message: str = ""
+    hint: str = ""
+    exit_code: int | None = None
+    restarts: int = 0
+    progress: Progress | None = None
+    instance_type: str = ""
+    cost_usd: float | None = None
+    started_at: AwareDatetime | None = None
+    ended_at: AwareDatetime | None = None
+    observed_at: AwareDatetime = Field(default_factory=utc_now)
+
+
+class LogBatch(StoredRecord):
+    lines: tuple[str, ...]
+    cursor: str = Field(description="Pass it back to go on behind these lines.")
+    ended: bool = Field(description="The job is over and nothing follows.")
+
+
+class Result(StoredRecord):
+    """What a run gave: a verified model and its figures."""
+
+    outcome: Literal["complete", "partial"]
+    model_uri: str
+    manifest_uri: str
+    metrics: dict[str, float]
+    metrics_split: str
+    files: dict[str, ManifestFile]
+    best_epoch: int
+    epochs: int
+    duration_seconds: float
+    billable_seconds: float = 0.0
+    cost_usd: float | None = None
+
+
+class CheckLine(StoredRecord):
+    name: str
+    ok: bool
+    message: str
+    fix: str = Field("", description="The command or step that mends it.")
+
+
+class CheckReport(StoredRecord):
+    provider: str
+    lines: tuple[CheckLine, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(line.ok for line in self.lines)
+
+
+class Capabilities(BaseModel):
+    """What a provider can do; `Provider.validate` compares a spec with it."""
+
+    spot: bool
+    nodes: int = Field(description="Most machines of one job.")
+    needs_image: bool
+    max_runtime_seconds: int
+    poll_seconds: tuple[float, float] = Field(description="Shortest and longest wait between two observations.")
+
+
+def canonical_json(value: Any) -> str:
+    """One text for equal values: sorted keys, no spaces. Raises ValueError for NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of the canonical JSON, as hex."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def seconds_between(start: datetime, end: datetime) -> float:
+    return max(0.0, (end - start).total_seconds())

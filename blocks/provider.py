@@ -1,0 +1,259 @@
+"""The one interface between a run and the place where its job runs. Start with ``providers/local_process.py``.
+
+No verb sleeps, loops over time, or retries: the flow does. Every verb may be repeated. An author of a
+provider writes `settings`, `CAPABILITIES`, a pure `build_request` and `parse_status`, and thin I/O
+(`_find`, `_create`, `poll`, `list_jobs`, `logs`, `cancel`); the rest is written once, here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from pydantic import JsonValue, ValidationError
+
+from blocks.errors import ConfigError, ProviderError, ResultMissing
+from blocks.errors import PlanChanged as PlanChangedError
+from blocks.job import (
+    Capabilities,
+    CheckReport,
+    JobRef,
+    JobSpec,
+    JobStatus,
+    LogBatch,
+    Plan,
+    Problem,
+    Result,
+    canonical_json,
+    fingerprint,
+    seconds_between,
+)
+from blocks.pricing import cost_usd, lookup_price
+from trainer.contract import AttemptLayout, ResultManifest, UserInput
+from trainer.storage import ObjectFolder
+
+Settings = TypeVar("Settings", bound=UserInput)
+
+
+class AlreadyExists(Exception):
+    """Raised by `_create` where the key is taken, or where the answer leaves open whether it created."""
+
+
+class Provider(ABC, Generic[Settings]):
+    NAME: ClassVar[str]
+    CAPABILITIES: ClassVar[Capabilities]
+    SETTINGS: ClassVar[type[UserInput]]
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @classmethod
+    def from_settings(cls, values: dict[str, Any]) -> Self:
+        """Raises ConfigError naming every field that does not fit."""
+        try:
+            return cls(cls.SETTINGS.model_validate(values))  # type: ignore[arg-type]
+        except ValidationError as exc:
+            raise ConfigError(describe_validation(exc), provider=cls.NAME, hint="mend the profile") from exc
+
+    # --- What callers use ----------------------------------------------------------------------
+
+    def validate(self, spec: JobSpec) -> tuple[Problem, ...]:
+        """Pure. All problems, not the first; empty means that `plan` and `submit` may go on."""
+        capabilities = self.CAPABILITIES
+        problems: list[Problem] = []
+        if spec.resources.spot and not capabilities.spot:
+            problems.append(Problem(field="resources.spot", message=f"{self.NAME} has no spot machines", hint="leave spot off"))
+        if spec.resources.nodes > capabilities.nodes:
+            problems.append(
+                Problem(field="resources.nodes", message=f"{self.NAME} trains on at most {capabilities.nodes} machine(s)", hint="nodes: 1")
+            )
+        if spec.max_runtime_seconds > capabilities.max_runtime_seconds:
+            problems.append(
+                Problem(
+                    field="max_runtime_seconds",
+                    message=f"{spec.max_runtime_seconds} s is over the limit of {self.NAME}: {capabilities.max_runtime_seconds} s",
+                )
+            )
+        if spec.image is not None and "@sha256:" not in spec.image:
+            problems.append(Problem(field="image", message=f"{spec.image!r} is not a digest", hint="name@sha256:..."))
+        return (*problems, *self._validate(spec))
+
+    @abstractmethod
+    def check(self) -> CheckReport:
+        """Live and free of charge: can this profile train here? Per line ok, or the problem and what mends it."""
+
+    def plan(self, spec: JobSpec) -> Plan:
+        """Pure given the price table. Raises ConfigError with all problems of `validate`."""
+        problems = self.validate(spec)
+        if problems:
+            raise ConfigError(
+                "; ".join(f"{problem.field}: {problem.message}" for problem in problems),
+                provider=self.NAME,
+                run_id=spec.run_id,
+                hint="; ".join(problem.hint for problem in problems if problem.hint),
+            )
+        request, instance_type, region = self._build(spec)
+        price = lookup_price(self.NAME, instance_type, region)
+        worst_case = cost_usd(price, spec.resources.nodes, spec.max_runtime_seconds)
+        if spec.max_cost_usd is not None and worst_case is not None and worst_case > spec.max_cost_usd:
+            raise ConfigError(
+                f"at worst this costs ${worst_case:.2f}, over the limit of ${spec.max_cost_usd:.2f}",
+                provider=self.NAME,
+                run_id=spec.run_id,
+                hint="lower the maximum run time, choose a cheaper machine, or raise the limit",
+            )
+        return Plan(
+            provider=self.NAME,
+            spec=spec,
+            instance_type=instance_type,
+            region=region,
+            request=request,
+            price=price,
+            worst_case_usd=worst_case,
+            fingerprint=fingerprint(self._identity(request)),
+            warnings=self._warnings(spec),
+        )
+
+    def submit(self, plan: Plan) -> JobRef:
+        """Finds the job of this run and attempt, or creates it: at most one, however often and from wherever it is called.
+
+        Raises PlanChanged where the job that is there was made from another request, ConfigError for a draft.
+        """
+        if self.CAPABILITIES.needs_image and plan.spec.image is None:
+            raise ConfigError("this plan is a draft: it names no image", provider=self.NAME, run_id=plan.spec.run_id)
+        with self._translated(plan.spec.run_id):
+            found = self._find(plan)
+            if found is None:
+                try:
+                    found = self._create(plan)
+                except AlreadyExists:
+                    found = self._find(plan)
+                    if found is None:
+                        raise
+        if found.fingerprint != plan.fingerprint:
+            raise PlanChangedError(
+                f"attempt {plan.spec.attempt} of run {plan.spec.run_id} already has a job from another request",
+                provider=self.NAME,
+                run_id=plan.spec.run_id,
+                hint="start a new run (--new)",
+            )
+        return found
+
+    @abstractmethod
+    def poll(self, ref: JobRef) -> JobStatus:
+        """One observation. An unknown native word gives UNKNOWN. Raises JobNotFound where the provider knows no such job."""
+
+    @abstractmethod
+    def list_jobs(self) -> Iterator[tuple[JobRef, JobStatus]]:
+        """Every job of ours that this provider knows, running or not."""
+
+    @abstractmethod
+    def logs(self, ref: JobRef, cursor: str = "") -> LogBatch:
+        """A bounded batch behind `cursor` (empty: from the start), without loss or repeat."""
+
+    @abstractmethod
+    def cancel(self, ref: JobRef) -> None:
+        """Asks the job to stop and returns. Already ended or missing is fine."""
+
+    def collect(self, ref: JobRef, *, allow_partial: bool = False) -> Result:
+        """The job's verified result. Raises ResultMissing where the manifest is absent, another attempt's, or a file differs from it.
+
+        With `allow_partial`, a stopped job's best weights so far are a result too.
+        """
+        folder = ObjectFolder(ref.output_uri)
+        data = folder.get(AttemptLayout.MANIFEST)
+        if data is None:
+            raise self._missing(ref, "it wrote no manifest")
+        manifest = ResultManifest.model_validate_json(data)
+        if (manifest.run_id, manifest.attempt) != (ref.run_id, ref.attempt):
+            raise self._missing(ref, f"its manifest belongs to attempt {manifest.attempt} of run {manifest.run_id}")
+        for name, expected in manifest.files.items():
+            digest = folder.sha256(name)
+            if digest != expected.sha256:
+                raise self._missing(ref, f"{name} is {'missing' if digest is None else 'not what the manifest says'}")
+        status = self.poll(ref)
+        started, ended = status.started_at or ref.submitted_at, status.ended_at or manifest.created_at
+        seconds = seconds_between(started, ended)
+        return Result(
+            outcome="complete",
+            model_uri=f"{ref.output_uri}/{AttemptLayout.MODEL}",
+            manifest_uri=f"{ref.output_uri}/{AttemptLayout.MANIFEST}",
+            metrics=manifest.metrics,
+            metrics_split=manifest.metrics_split,
+            files=manifest.files,
+            best_epoch=manifest.best_epoch,
+            epochs=manifest.epochs,
+            duration_seconds=round(seconds, 3),
+            billable_seconds=round(seconds, 3),
+            cost_usd=status.cost_usd,
+        )
+
+    # --- What a provider's author writes ---------------------------------------------------------
+
+    def _validate(self, spec: JobSpec) -> tuple[Problem, ...]:
+        return ()
+
+    def _warnings(self, spec: JobSpec) -> tuple[str, ...]:
+        return ()
+
+    @abstractmethod
+    def _build(self, spec: JobSpec) -> tuple[dict[str, JsonValue], str, str]:
+        """Pure: the native request, the instance type and the region."""
+
+    def _identity(self, request: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        """Pure: the request without what changes from submission to submission."""
+        return request
+
+    @abstractmethod
+    def _find(self, plan: Plan) -> JobRef | None:
+        """The job of the plan's run and attempt, with the fingerprint it was made from."""
+
+    @abstractmethod
+    def _create(self, plan: Plan) -> JobRef:
+        """Creates the job. Raises AlreadyExists where the key is taken or the answer is unclear; never retries."""
+
+    def _translate(self, exc: Exception) -> ProviderError | None:
+        """The error of our tree for one of the SDK's; None for what is not an SDK's."""
+        return None
+
+    @contextmanager
+    def _translated(self, run_id: str = "") -> Iterator[None]:
+        try:
+            yield
+        except (ProviderError, AlreadyExists):
+            raise
+        except Exception as exc:
+            error = self._translate(exc)
+            if error is None:
+                raise
+            error.provider, error.run_id = self.NAME, run_id
+            raise error from exc
+
+    def _missing(self, ref: JobRef, why: str) -> ResultMissing:
+        return ResultMissing(
+            f"attempt {ref.attempt} of run {ref.run_id} has no complete result: {why}",
+            provider=self.NAME,
+            run_id=ref.run_id,
+            hint=f"`trainyard logs {ref.run_id}` shows what it did",
+        )
+
+
+def describe_validation(exc: ValidationError) -> str:
+    """All of a validation's problems on one line each, `field: what is wrong (got value)`."""
+    lines: list[str] = []
+    for error in exc.errors():
+        field = ".".join(str(part) for part in error["loc"])
+        message = error["msg"].removeprefix("Value error, ")
+        shown = "" if error["type"] == "value_error" and not field else f" (got {_shorten(error['input'])})"
+        lines.append(f"{field}: {message}{shown}" if field else message)
+    return "\n".join(lines)
+
+
+def _shorten(value: Any) -> str:
+    try:
+        text = value if isinstance(value, str) else canonical_json(value)
+    except (TypeError, ValueError):
+        text = type(value).__name__
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,257 @@
+"""The record of a run: the objects under ``<output_uri>/<run_id>/``. It *is* the truth about a run.
+
+Any process on any machine that reads it can go on; Prefect's database may be wiped at any time. What
+two writers could both write (the request, an attempt's plan, its outcome) is created only once, and
+the loser reads the winner's.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import AwareDatetime, Field, JsonValue
+
+from blocks.errors import ConfigError, PlanChanged, RunNotFound
+from blocks.job import FailureReason, JobRef, JobState, JobStatus, Plan, Result, TrainRequest, fingerprint
+from trainer.contract import ENV_HOME, AttemptLayout, RunLayout, StoredRecord, utc_now
+from trainer.dataset import DatasetIndex
+from trainer.storage import ObjectFolder, to_path, to_uri
+
+Record = TypeVar("Record", bound=StoredRecord)
+
+
+class RunFile(StoredRecord):
+    """``run.json``: what was asked, by whom, and how to reach the provider without Prefect."""
+
+    run_id: str
+    name: str
+    request: dict[str, JsonValue]
+    request_hash: str
+    provider: str
+    settings: dict[str, JsonValue] = Field(description="The provider's settings; credentials only by reference.")
+    owner: str
+    flow_run_id: str = ""
+    created_at: AwareDatetime = Field(default_factory=utc_now)
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class Outcome(StoredRecord):
+    """``outcome.json``: how an attempt ended. Its existence closes the attempt."""
+
+    state: JobState
+    reason: FailureReason | None = None
+    message: str = ""
+    hint: str = ""
+    exit_code: int | None = None
+    epoch: int = 0
+    result: Result | None = None
+    status: JobStatus | None = None
+    closed_at: AwareDatetime = Field(default_factory=utc_now)
+
+
+class CancelRequest(StoredRecord):
+    asked_by: str
+    why: str = ""
+    asked_at: AwareDatetime = Field(default_factory=utc_now)
+
+
+class Receipt(StoredRecord):
+    """Proof of a stop: who asked, when, and what was over when."""
+
+    asked_by: str
+    asked_at: AwareDatetime
+    why: str = ""
+    state: JobState
+    native_id: str
+    ended_at: AwareDatetime
+    cost_usd: float | None = None
+
+
+class Event(StoredRecord):
+    kind: str
+    message: str
+    data: dict[str, JsonValue] = Field(default_factory=dict)
+    at: AwareDatetime = Field(default_factory=utc_now)
+
+
+class RunRecord:
+    """Reads and writes one run's record."""
+
+    def __init__(self, output_uri: str, run_id: str) -> None:
+        self.output_uri = to_uri(output_uri)
+        self.run_id = run_id
+        self.folder = ObjectFolder(f"{self.output_uri}/{run_id}")
+
+    @property
+    def uri(self) -> str:
+        return self.folder.uri
+
+    def _read(self, name: str, kind: type[Record]) -> Record | None:
+        data = self.folder.get(name)
+        return None if data is None else kind.model_validate_json(data)
+
+    def _create(self, name: str, value: StoredRecord) -> bool:
+        return self.folder.create(name, value.model_dump_json(indent=1).encode())
+
+    def open(self, run: RunFile) -> RunFile:
+        """Writes `run.json` or returns the one that is there. Raises PlanChanged where that one asks for something else."""
+        if self._create(RunLayout.RUN, run):
+            return run
+        stored = self.run()
+        if stored.request_hash != run.request_hash:
+            raise PlanChanged(
+                f"run {self.run_id} exists and asks for something else: {describe_difference(stored.request, run.request)}",
+                run_id=self.run_id,
+                hint="use another run key, or the same request",
+            )
+        return stored
+
+    def run(self) -> RunFile:
+        run = self._read(RunLayout.RUN, RunFile)
+        if run is None:
+            raise RunNotFound(f"there is no run {self.run_id!r} in {self.output_uri}")
+        return run
+
+    def dataset(self) -> DatasetIndex | None:
+        return self._read(RunLayout.DATASET, DatasetIndex)
+
+    def write_dataset(self, index: DatasetIndex) -> str:
+        """Stores the checked index unless one is there; returns its URI."""
+        self.folder.create(RunLayout.DATASET, index.model_dump_json().encode())
+        return f"{self.uri}/{RunLayout.DATASET}"
+
+    def attempts(self) -> list[int]:
+        return sorted(int(name) for name in self.folder.names(RunLayout.ATTEMPTS) if name.isdigit() and self.plan(int(name)))
+
+    def attempt_uri(self, attempt: int) -> str:
+        return f"{self.uri}/{RunLayout.ATTEMPTS}/{attempt}"
+
+    def _name(self, attempt: int, name: str) -> str:
+        return f"{RunLayout.ATTEMPTS}/{attempt}/{name}"
+
+    def plan(self, attempt: int) -> Plan | None:
+        return self._read(self._name(attempt, AttemptLayout.PLAN), Plan)
+
+    def write_plan(self, plan: Plan) -> Plan:
+        """The intent and the lock: the first of several writers wins, and all go on with that plan."""
+        if self._create(self._name(plan.spec.attempt, AttemptLayout.PLAN), plan):
+            return plan
+        stored = self.plan(plan.spec.attempt)
+        assert stored is not None, "a plan is never removed"
+        return stored
+
+    def ref(self, attempt: int) -> JobRef | None:
+        return self._read(self._name(attempt, AttemptLayout.REF), JobRef)
+
+    def write_ref(self, ref: JobRef) -> None:
+        self._create(self._name(ref.attempt, AttemptLayout.REF), ref)
+
+    def outcome(self, attempt: int) -> Outcome | None:
+        return self._read(self._name(attempt, AttemptLayout.OUTCOME), Outcome)
+
+    def write_outcome(self, attempt: int, outcome: Outcome) -> Outcome:
+        """Closes the attempt; returns the outcome that stands, which another process may have written first."""
+        if self._create(self._name(attempt, AttemptLayout.OUTCOME), outcome):
+            return outcome
+        stored = self.outcome(attempt)
+        assert stored is not None, "an outcome is never removed"
+        return stored
+
+    def receipt(self, attempt: int) -> Receipt | None:
+        return self._read(self._name(attempt, AttemptLayout.RECEIPT), Receipt)
+
+    def write_receipt(self, attempt: int, receipt: Receipt) -> None:
+        self._create(self._name(attempt, AttemptLayout.RECEIPT), receipt)
+
+    def cancel_request(self) -> CancelRequest | None:
+        return self._read(RunLayout.CANCEL, CancelRequest)
+
+    def request_cancel(self, request: CancelRequest) -> None:
+        """The first to ask stands."""
+        self._create(RunLayout.CANCEL, request)
+
+    def add_event(self, kind: str, message: str, **data: JsonValue) -> None:
+        event = Event(kind=kind, message=message, data=data)
+        stamp = event.at.strftime("%Y%m%dT%H%M%S.%fZ")
+        self._create(f"{RunLayout.EVENTS}/{stamp}-{secrets.token_hex(3)}.json", event)
+
+    def events(self) -> list[Event]:
+        found = (self._read(f"{RunLayout.EVENTS}/{name}", Event) for name in self.folder.names(RunLayout.EVENTS))
+        return [event for event in found if event is not None]
+
+
+# --- Which runs there are --------------------------------------------------------------------------
+
+
+def home() -> Path:
+    """Where this machine keeps runs, caches and locks: $TRAINYARD_HOME, else ~/trainyard."""
+    return Path(os.environ.get(ENV_HOME) or "~/trainyard").expanduser().absolute()
+
+
+def default_output_uri() -> str:
+    return (home() / "runs").as_uri()
+
+
+def remember_output(output_uri: str) -> None:
+    """Notes an output folder, so that `trainyard runs` looks there too."""
+    ObjectFolder(str(home())).create(f"outputs/{fingerprint(output_uri)[:16]}", output_uri.encode())
+
+
+def known_outputs() -> list[str]:
+    folder = ObjectFolder(str(home()))
+    noted = (folder.get(f"outputs/{name}") for name in folder.names("outputs"))
+    return sorted({default_output_uri(), *(data.decode() for data in noted if data)})
+
+
+def all_runs() -> list[RunRecord]:
+    """Every run of the known output folders, oldest first."""
+    records = [RunRecord(uri, name) for uri in known_outputs() for name in ObjectFolder(uri).names()]
+    dated = [(record.run().created_at, record) for record in records if record.folder.get(RunLayout.RUN)]
+    return [record for _, record in sorted(dated, key=lambda pair: pair[0])]
+
+
+def find_run(prefix: str) -> RunRecord:
+    """The run whose id begins with `prefix`. Raises RunNotFound for none or several."""
+    if not prefix.isalnum():
+        raise RunNotFound(f"{prefix!r} is not a run id: letters and digits only")
+    found = [
+        RunRecord(uri, name)
+        for uri in known_outputs()
+        for name in ObjectFolder(uri).names()
+        if name.startswith(prefix) and (to_path(uri) / name / RunLayout.RUN).exists()
+    ]
+    exact = [record for record in found if record.run_id == prefix]
+    if len(exact or found) == 1:
+        return (exact or found)[0]
+    if not found:
+        raise RunNotFound(f"no run begins with {prefix!r}")
+    raise RunNotFound(f"{len(found)} runs begin with {prefix!r}: {', '.join(r.run_id for r in found[:5])}", hint="give more characters")
+
+
+def request_hash(request: TrainRequest) -> str:
+    """Equal for requests that train the same thing in the same place."""
+    return fingerprint(request.model_dump(mode="json", exclude={"name"}))
+
+
+def describe_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    """The fields in which two requests differ, as `field: old -> new`."""
+    parts: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            parts += [describe_difference(before, after, f"{prefix}{key}.")] if before != after else []
+        elif before != after:
+            parts.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return "; ".join(parts)
+
+
+def check_run_id(run_id: str) -> str:
+    """`run_id` if it can name a folder and a job on every platform. Raises ConfigError otherwise."""
+    import re
+
+    if not re.fullmatch(r"[a-z0-9]{4,40}", run_id):
+        raise ConfigError(f"{run_id!r} is no run id", hint="4 to 40 lower-case letters and digits; or leave it out to get one")
+    return run_id

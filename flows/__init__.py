@@ -1,0 +1,1 @@
+"""What a user runs: the flow `train`, its tasks, the only poll loop, and the `trainyard` command."""

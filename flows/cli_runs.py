@@ -1,0 +1,218 @@
+"""`trainyard runs | status | logs | cancel | check`: from the record and the provider. No Prefect server, no Prefect import but for saved profiles."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import socket
+import time
+from typing import Any
+
+import click
+
+from blocks import load_provider
+from blocks.attempts import Action, close, next_step_of
+from blocks.errors import ConfigError, JobNotFound
+from blocks.job import JobRef, JobState, JobStatus
+from blocks.provider import Provider
+from blocks.record import CancelRequest, RunRecord, all_runs, find_run
+from flows.display import print_table
+from flows.reporting_text import describe_status, format_cost, format_seconds
+from trainer.contract import ExitCode, utc_now
+
+CANCEL_WAIT_SECONDS = 20.0
+FOLLOW_SECONDS = 1.0
+
+
+def observe(record: RunRecord) -> tuple[JobStatus, int]:
+    """The run's state now and its latest attempt (0: none yet): the stored outcome, or one look at the job."""
+    attempts = record.attempts()
+    if not attempts:
+        return JobStatus(state=JobState.STARTING, message="no attempt yet: the flow prepares it, or ended before"), 0
+    attempt = attempts[-1]
+    outcome = record.outcome(attempt)
+    if outcome is not None and outcome.status is not None:
+        return outcome.status, attempt
+    ref = record.ref(attempt)
+    if ref is None:
+        return JobStatus(state=JobState.STARTING, message="planned, not yet submitted"), attempt
+    try:
+        return provider_of(record).poll(ref), attempt
+    except JobNotFound as exc:
+        return JobStatus(state=JobState.UNKNOWN, message=exc.message), attempt
+
+
+def provider_of(record: RunRecord) -> Provider[Any]:
+    run = record.run()
+    return load_provider(run.provider, run.settings)
+
+
+def summarize(record: RunRecord) -> dict[str, Any]:
+    run = record.run()
+    status, attempt = observe(record)
+    outcome = record.outcome(attempt) if attempt else None
+    result = outcome.result if outcome else None
+    progress = status.progress
+    return {
+        "run_id": record.run_id,
+        "name": run.name,
+        "state": status.state.value,
+        "attempt": attempt,
+        "epoch": progress.epoch if progress else 0,
+        "epochs": progress.epochs if progress else None,
+        "metrics": result.metrics if result else (progress.metrics if progress else {}),
+        "metrics_split": result.metrics_split if result else "val",
+        "model_uri": result.model_uri if result else None,
+        "manifest_uri": result.manifest_uri if result else None,
+        "cost_usd": status.cost_usd,
+        "duration_seconds": result.duration_seconds if result else None,
+        "provider": run.provider,
+        "owner": run.owner,
+        "created_at": run.created_at.isoformat(),
+        "reason": status.reason.value if status.reason else None,
+        "message": status.message,
+        "hint": status.hint,
+        "record_uri": record.uri,
+    }
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def runs(as_json: bool) -> None:
+    """List the runs of the known output folders, newest first."""
+    rows = [summarize(record) for record in reversed(all_runs())]
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    if not rows:
+        click.echo("no runs yet; a first one:  trainyard demo")
+        return
+    columns = ("run", "name", "state", "epoch", "mAP50", "age", "cost", "owner")
+    print_table("", columns, [table_row(row) for row in rows])
+
+
+def table_row(row: dict[str, Any]) -> tuple[str, ...]:
+    from datetime import datetime
+
+    age = (utc_now() - datetime.fromisoformat(row["created_at"])).total_seconds()
+    map50 = row["metrics"].get("map50")
+    state = f"{row['state']} ({row['reason']})" if row["reason"] else row["state"]
+    return (
+        row["run_id"],
+        row["name"],
+        state,
+        f"{row['epoch']}/{row['epochs'] or '?'}",
+        "" if map50 is None else f"{map50:.3f} {row['metrics_split']}",
+        format_seconds(age),
+        format_cost(row["cost_usd"]),
+        row["owner"],
+    )
+
+
+@click.command()
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def status(run: str, as_json: bool) -> None:
+    """Show RUN: state, figures, cause and next step, and where its files lie."""
+    record = find_run(run)
+    row = summarize(record)
+    if as_json:
+        click.echo(json.dumps(row))
+        return
+    seen, _ = observe(record)
+    click.echo(f"{row['name']}  {record.run_id}  {describe_status(seen)}")
+    if row["reason"]:
+        click.echo(f"  reason   {row['reason']}: {row['message']}")
+        click.echo(f"  next     {row['hint'] or f'trainyard logs {record.run_id}'}")
+    for name in ("model_uri", "record_uri"):
+        if row[name]:
+            click.echo(f"  {name.removesuffix('_uri'):8} {row[name]}")
+    for event in record.events()[-5:]:
+        click.echo(f"  {event.at:%m-%d %H:%M:%S}  {event.kind}: {event.message}")
+
+
+@click.command()
+@click.argument("run")
+@click.option("--follow", "-f", is_flag=True, help="Go on until the run ends.")
+def logs(run: str, follow: bool) -> None:
+    """Print the log of RUN's latest attempt."""
+    record = find_run(run)
+    provider = provider_of(record)
+    ref = latest_ref(record)
+    cursor = ""
+    while True:
+        batch = provider.logs(ref, cursor)
+        for line in batch.lines:
+            click.echo(line)
+        cursor = batch.cursor
+        if batch.ended or not (follow or batch.lines):
+            return
+        if not batch.lines:
+            time.sleep(FOLLOW_SECONDS)
+
+
+def latest_ref(record: RunRecord) -> JobRef:
+    refs = [ref for ref in map(record.ref, record.attempts()) if ref is not None]
+    if not refs:
+        raise ConfigError(f"run {record.run_id} has no job yet", hint=f"`trainyard status {record.run_id}`")
+    return refs[-1]
+
+
+@click.command()
+@click.argument("run")
+@click.option("--why", default="", help="A word for the receipt.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def cancel(run: str, why: str, as_json: bool) -> None:
+    """Stop RUN, and wait until it is over (at most 20 s)."""
+    record = find_run(run)
+    attempts = record.attempts()
+    if attempts and next_step_of(record, max_attempts=1).action is Action.DONE:
+        click.echo(json.dumps(summarize(record)) if as_json else f"run {record.run_id} is over: {describe_status(observe(record)[0])}")
+        return
+    record.request_cancel(CancelRequest(asked_by=f"{getpass.getuser()}@{socket.gethostname()}", why=why))
+    provider, ref = provider_of(record), latest_ref(record)
+    provider.cancel(ref)
+    seen = wait_until_over(provider, ref)
+    if not seen.state.is_terminal:
+        click.echo(f"asked; run {record.run_id} is still {seen.state.value}: `trainyard status {record.run_id}` tells when it is over", err=True)
+        raise SystemExit(int(ExitCode.UNAVAILABLE))
+    outcome = close(provider, record, ref, seen)
+    if as_json:
+        click.echo(json.dumps(summarize(record)))
+    else:
+        click.echo(f"run {record.run_id} is {outcome.state.value}, after epoch {outcome.epoch}; receipt in {record.attempt_uri(ref.attempt)}/receipt.json")
+
+
+def wait_until_over(provider: Provider[Any], ref: JobRef) -> JobStatus:
+    deadline = time.monotonic() + CANCEL_WAIT_SECONDS
+    while True:
+        seen = provider.poll(ref)
+        if seen.state.is_terminal or time.monotonic() > deadline:
+            return seen
+        time.sleep(0.3)
+
+
+@click.command()
+@click.argument("profile", default="local")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def check(profile: str, as_json: bool) -> None:
+    """Check, free of charge, that PROFILE can train: software, disk, access."""
+    if profile == "local":
+        provider = load_provider("local")
+    else:
+        from flows import prefect_settings
+
+        prefect_settings.apply_defaults()
+        from blocks.profiles import load_profile
+
+        provider = load_profile(profile).provider()
+    report = provider.check()
+    if as_json:
+        details = {line.name: line.message for line in report.lines}
+        message = "ready" if report.ok else "; ".join(f"{line.message}: {line.fix}" for line in report.lines if not line.ok)
+        click.echo(json.dumps({"valid": report.ok, "message": message, "details": details}))
+    else:
+        for line in report.lines:
+            click.echo(f"{'ok     ' if line.ok else 'PROBLEM'} {line.name:10} {line.message}" + (f"\n        fix: {line.fix}" if not line.ok else ""))
+    if not report.ok:
+        raise SystemExit(int(ExitCode.CONFIG))

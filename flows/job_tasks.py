@@ -1,0 +1,149 @@
+"""The steps of a run as Prefect tasks, one per verb. Retry policy lives here and only here.
+
+No task persists or caches a result: each finds what is there or creates it, so repeating a run costs a few
+look-ups and never replays a stale answer.
+"""
+
+from __future__ import annotations
+
+import getpass
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import State
+from prefect.tasks import exponential_backoff
+
+from blocks.attempts import close
+from blocks.errors import ConfigError, JobNotFound, TransientError
+from blocks.job import FailureReason, JobRef, JobSpec, JobState, JobStatus, Plan, TrainRequest
+from blocks.naming import display_name
+from blocks.provider import Provider
+from blocks.record import Outcome, RunFile, RunRecord, remember_output, request_hash
+from flows.reporting import ProgressReporter
+from flows.watching import Listener, watch
+from trainer.contract import DatasetRef, ExitCode, TrainerError
+from trainer.dataset import DatasetIndex, check_dataset
+
+
+async def _is_transient(_task: object, _run: TaskRun, state: State[Any]) -> bool:
+    result = await state.aresult(raise_on_failure=False)
+    return isinstance(result, TransientError)
+
+
+RETRIES: dict[str, Any] = {
+    "retries": 5,
+    "retry_delay_seconds": exponential_backoff(backoff_factor=2),
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": _is_transient,
+    "persist_result": False,
+}
+
+
+@task(name="open run", **RETRIES)
+def open_run(request: TrainRequest, run_id: str, provider: Provider, output_uri: str, flow_run_id: str) -> RunFile:
+    """The run's record: created, or found and held against this request."""
+    record = RunRecord(output_uri, run_id)
+    remember_output(record.output_uri)
+    return record.open(
+        RunFile(
+            run_id=run_id,
+            name=request.name or display_name(Path(request.dataset).stem, request.config.weights or request.config.model),
+            request=request.model_dump(mode="json"),
+            request_hash=request_hash(request),
+            provider=provider.NAME,
+            settings=provider.settings.model_dump(mode="json"),
+            owner=getpass.getuser(),
+            flow_run_id=flow_run_id,
+            versions={name: importlib.metadata.version(name) for name in ("trainyard", "prefect")},
+        )
+    )
+
+
+@task(name="check provider", **RETRIES)
+def check_provider(provider: Provider) -> None:
+    """Refuses before anything is staged where the provider cannot train. Raises ConfigError with every line that is not ok."""
+    report = provider.check()
+    for line in report.lines:
+        get_run_logger().info("%s: %s%s", line.name, line.message, "" if line.ok else "  <- problem")
+    bad = [line for line in report.lines if not line.ok]
+    if bad:
+        raise ConfigError("; ".join(line.message for line in bad), provider=provider.NAME, hint="; ".join(line.fix for line in bad))
+
+
+@task(name="dataset", **RETRIES)
+def prepare_dataset(record: RunRecord, request: TrainRequest) -> DatasetRef:
+    """The checked dataset of the run: the stored index, or a new one. Raises TrainerError where the set is refused."""
+    index = record.dataset()
+    if index is None:
+        path = Path(request.dataset)
+        if not path.is_absolute():
+            raise TrainerError(
+                f"the dataset {request.dataset!r} is a relative path, and the folder it is relative to is not known here",
+                hint="give the absolute path as the machine of the worker sees it",
+                code=ExitCode.CONFIG,
+            )
+        index = check_dataset(path, task=request.config.task, split=request.split, max_problem_share=request.max_problem_share)
+        record.write_dataset(index)
+    log_dataset(index)
+    return DatasetRef(
+        root=index.root,
+        index_uri=f"{record.uri}/dataset.json",
+        version=index.version,
+        name=index.name,
+        image_count=len(index.images),
+    )
+
+
+def log_dataset(index: DatasetIndex) -> None:
+    logger = get_run_logger()
+    counts = ", ".join(f"{index.count(name)} {name}" for name in ("train", "val", "test"))
+    logger.info("%s (%s): %s images, %d classes, version %s", index.name, index.format, counts, len(index.classes), index.version[:12])
+    for problem in index.problems:
+        logger.warning("left out: %s: %s", problem.path, problem.message)
+    for note in index.notes:
+        logger.info("note: %s", note)
+
+
+@task(name="plan", **RETRIES)
+def make_plan(provider: Provider, record: RunRecord, spec: JobSpec) -> Plan:
+    """The attempt's plan, written before anything is submitted; another submitter's if that one was first."""
+    plan = provider.plan(spec)
+    for warning in plan.warnings:
+        get_run_logger().warning(warning)
+    return record.write_plan(plan)
+
+
+@task(name="submit", **RETRIES)
+def submit_job(provider: Provider, record: RunRecord, plan: Plan) -> JobRef:
+    """The attempt's job: the recorded one, or found or created from the stored plan."""
+    ref = record.ref(plan.spec.attempt)
+    if ref is None:
+        ref = provider.submit(plan)
+        record.write_ref(ref)
+        record.add_event("submitted", f"attempt {ref.attempt} is job {ref.native_id}", native_id=ref.native_id)
+    get_run_logger().info("job %s (attempt %d), log: %s", ref.native_id, ref.attempt, ref.console_url)
+    return ref
+
+
+@task(name="watch", **RETRIES)
+def watch_job(provider: Provider, record: RunRecord, plan: Plan, ref: JobRef, listener: Listener) -> JobStatus:
+    """The job's last status. A job that the provider no longer knows is lost, never a reason to create another under its key."""
+    reporter = ProgressReporter(record.run_id, get_run_logger())
+
+    def tell(status: JobStatus) -> None:
+        reporter.report(status)
+        listener(status)
+
+    try:
+        return watch(provider, ref, record, plan.spec.max_runtime_seconds, tell)
+    except JobNotFound as exc:
+        return JobStatus(state=JobState.FAILED, native_state="lost", reason=FailureReason.INFRASTRUCTURE, message=exc.message)
+
+
+@task(name="collect", **RETRIES)
+def close_attempt(provider: Provider, record: RunRecord, ref: JobRef, status: JobStatus) -> Outcome:
+    """Collects the result of a job that is over and writes down how the attempt ended."""
+    return close(provider, record, ref, status)

@@ -1,0 +1,180 @@
+"""The flow `train`, readable as the story of a run: open, check, dataset, plan, submit, watch, collect, report.
+
+Every step finds what is there or creates it, so the flow may be killed and repeated at any point, on any
+machine that sees the run's folder. What stops a job is a person, its deadline or its budget, never a dead flow.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import FlowRun
+from prefect.flows import Flow
+from prefect.runtime import flow_run as current_flow_run
+from prefect.states import State
+
+from blocks import load_provider
+from blocks.attempts import Action, Step, next_step_of, result_of
+from blocks.job import JobSpec, JobStatus, Resources, Result, TrainRequest
+from blocks.naming import display_name, run_id_of_flow_run, run_id_of_key
+from blocks.profiles import load_profile
+from blocks.provider import Provider
+from blocks.record import CancelRequest, RunFile, RunRecord, check_run_id, default_output_uri
+from flows import job_tasks, reporting
+from flows.watching import Listener
+from trainer.contract import SplitConfig, TrainConfig
+
+
+def _ignore(_record: RunRecord, _status: JobStatus) -> None:
+    """Nobody listens: the flow runs on a worker."""
+
+
+# The command line listens to the run that it started itself, in the same process.
+LISTENER: ContextVar[Any] = ContextVar("LISTENER", default=_ignore)
+
+
+def choose_run_id(run_id: str | None, run_key: str | None, flow_run_id: str) -> str:
+    """Pure. A retry of a flow run keeps its id; a copy or a schedule gets a new one; a run key always the same."""
+    if run_id:
+        return check_run_id(run_id)
+    return run_id_of_key(run_key) if run_key else run_id_of_flow_run(flow_run_id)
+
+
+def name_flow_run() -> str:
+    parameters = current_flow_run.parameters
+    config = TrainConfig.model_validate(parameters.get("config") or {})
+    name = parameters.get("name") or display_name(str(parameters["dataset"]).rstrip("/").rsplit("/", 1)[-1], config.weights or config.model)
+    run_id = choose_run_id(parameters.get("run_id"), parameters.get("run_key"), str(current_flow_run.id))
+    return f"{name}-{run_id[:6]}"
+
+
+def cancel_job(_flow: Flow[..., Any], flow_run: FlowRun, _state: State[Any]) -> None:
+    """Hook: a person cancelled the flow run in the UI. Runs in another process than the flow, so all comes from the record."""
+    parameters = flow_run.parameters
+    run_id = choose_run_id(parameters.get("run_id"), parameters.get("run_key"), str(flow_run.id))
+    output = parameters.get("output") or load_profile(parameters.get("profile", "local")).output or default_output_uri()
+    record = RunRecord(output, run_id)
+    run = record.run()
+    record.request_cancel(CancelRequest(asked_by=f"Prefect flow run {flow_run.name}", why="cancelled in Prefect"))
+    provider = load_provider(run.provider, run.settings)
+    for attempt in record.attempts():
+        ref = record.ref(attempt)
+        if ref is not None and record.outcome(attempt) is None:
+            provider.cancel(ref)
+
+
+@flow(name="train", flow_run_name=name_flow_run, on_cancellation=[cancel_job], persist_result=False)
+def train(  # noqa: PLR0913 - the parameters are the run form in the Prefect UI
+    dataset: str,
+    profile: str = "local",
+    config: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
+    split: SplitConfig = SplitConfig(),  # noqa: B008
+    resources: Resources = Resources(),  # noqa: B008
+    max_problem_share: float = 0.05,
+    max_runtime_seconds: int = 86_400,
+    max_cost_usd: float | None = None,
+    max_attempts: int = 3,
+    output: str | None = None,
+    name: str | None = None,
+    project: str | None = None,
+    cost_centre: str | None = None,
+    run_id: str | None = None,
+    run_key: str | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train a vision model on a dataset and return its verified model and figures.
+
+    Args:
+        dataset: Folder (absolute path) of images with labels: Ultralytics YOLO, COCO JSON or Pascal VOC.
+        profile: Where to train: the name of a saved profile; `local` trains on the worker's machine.
+        config: How to train.
+        split: How to make the splits that the dataset lacks.
+        resources: What the job needs of a machine.
+        max_problem_share: Refuse a dataset with a larger share of broken images, 0 to 1.
+        max_runtime_seconds: Stop the job after this many seconds.
+        max_cost_usd: Refuse a plan that could cost more than this many US dollars.
+        max_attempts: Attempts in all when machines are taken away or break.
+        output: Folder or bucket URI for runs; empty: the profile's.
+        name: Display name; empty: from dataset and model.
+        project: Label for reports.
+        cost_centre: Label for reports.
+        run_id: Go on with this run; empty: a new run.
+        run_key: The same key is the same run, for CI: commit and dataset version, say.
+        resume: Go on from the checkpoint of a run that failed or was stopped.
+    """
+    request = TrainRequest(
+        dataset=dataset,
+        profile=profile,
+        config=config,
+        split=split,
+        resources=resources,
+        max_problem_share=max_problem_share,
+        max_runtime_seconds=max_runtime_seconds,
+        max_cost_usd=max_cost_usd,
+        max_attempts=max_attempts,
+        output=output,
+        name=name,
+        project=project,
+        cost_centre=cost_centre,
+    )
+    flow_run_id = str(current_flow_run.id)
+    saved = load_profile(profile)
+    provider = saved.provider()
+    output_uri = output or saved.output or default_output_uri()
+    identity = choose_run_id(run_id, run_key, flow_run_id)
+    run = job_tasks.open_run(request, identity, provider, output_uri, flow_run_id)
+    record = RunRecord(output_uri, identity)
+    listener = LISTENER.get()
+
+    step = next_step_of(record, max_attempts=max_attempts, resume=resume)
+    while step.action is not Action.DONE:
+        run_attempt(provider, record, run, request, step, lambda status: listener(record, status))
+        step = next_step_of(record, max_attempts=max_attempts)
+    result = result_of(record, step)
+    reporting.publish_report(record, run, result)
+    return summarize(run, result)
+
+
+def run_attempt(provider: Provider[Any], record: RunRecord, run: RunFile, request: TrainRequest, step: Step, listener: Listener) -> None:
+    """One attempt from its plan to its outcome. An open attempt is adopted: its dataset may not be on this machine."""
+    plan = record.plan(step.attempt)
+    if plan is None:
+        job_tasks.check_provider(provider)
+        dataset = job_tasks.prepare_dataset(record, request)
+        spec = JobSpec(
+            run_id=run.run_id,
+            attempt=step.attempt,
+            name=run.name,
+            config=request.config,
+            dataset=dataset,
+            resources=request.resources,
+            output_uri=record.output_uri,
+            max_runtime_seconds=request.max_runtime_seconds,
+            max_cost_usd=request.max_cost_usd,
+            owner=run.owner,
+            project=request.project or "",
+            cost_centre=request.cost_centre or "",
+            flow_run_id=run.flow_run_id,
+            profile=request.profile,
+        )
+        plan = job_tasks.make_plan(provider, record, spec)
+    ref = job_tasks.submit_job(provider, record, plan)
+    status = job_tasks.watch_job(provider, record, plan, ref, listener)
+    job_tasks.close_attempt(provider, record, ref, status)
+
+
+def summarize(run: RunFile, result: Result) -> dict[str, Any]:
+    """The one object that `--json` prints and the flow returns."""
+    return {
+        "run_id": run.run_id,
+        "name": run.name,
+        "state": "succeeded",
+        "model_uri": result.model_uri,
+        "manifest_uri": result.manifest_uri,
+        "metrics": result.metrics,
+        "metrics_split": result.metrics_split,
+        "cost_usd": result.cost_usd,
+        "duration_seconds": result.duration_seconds,
+    }

@@ -1,0 +1,390 @@
+"""What the launcher and the trainer agree on: the config, the layout of a run, progress, the result manifest, names, exit codes.
+
+Both sides import this module and nothing else of each other. It needs pydantic and the standard
+library only, so that reading a record costs a tenth of a second. A change that an older trainer image
+could misread raises ``CONTRACT_VERSION``; the launcher compares it with the image's at plan time.
+"""
+
+from __future__ import annotations
+
+import difflib
+from datetime import UTC, datetime
+from enum import IntEnum, StrEnum
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+CONTRACT_VERSION = 1
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class UserInput(BaseModel):
+    """A value that a person typed: unknown fields are refused, with the nearest known name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for key in value:
+                if key not in cls.model_fields:
+                    raise ValueError(unknown_name_message("field", str(key), list(cls.model_fields)))
+        return value
+
+
+class StoredRecord(BaseModel):
+    """A value that outlives the version that wrote it: unknown fields are kept, never an error."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    schema_version: int = 1
+
+
+def unknown_name_message(kind: str, name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    return f"unknown {kind} {name!r}; {advice}"
+
+
+# --- What to train -----------------------------------------------------------------------------
+
+
+class Framework(StrEnum):
+    YOLO = "yolo"
+
+
+class Task(StrEnum):
+    OBJECT_DETECTION = "object-detection"
+    INSTANCE_SEGMENTATION = "instance-segmentation"
+    IMAGE_CLASSIFICATION = "image-classification"
+    POSE_ESTIMATION = "pose-estimation"
+    ORIENTED_DETECTION = "oriented-detection"
+
+
+class TrainConfig(UserInput):
+    """How to train. The same value gives the same training on every provider.
+
+    ``model`` is an architecture (``yolo11n``, ``yolo26s``, ``yolo11-pico``) or a YAML file of one;
+    ``weights`` is where the parameters start: a published name (``yolo11n.pt``, downloaded by the
+    trainer), a local file, or none for random initial values.
+    """
+
+    framework: Framework = Field(Framework.YOLO, description="Training framework.")
+    task: Task = Field(Task.OBJECT_DETECTION, description="What the model predicts.")
+    model: str = Field("yolo11n", min_length=1, description="Architecture: yolo11n, yolo26s, yolo11-pico, or a YAML file.")
+    weights: str | None = Field(None, min_length=1, description="Start from these weights: a published name or a file. Empty: from scratch.")
+    epochs: int = Field(100, ge=1, le=10_000, description="Passes over the training split.")
+    batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(16, description="Images per step, or auto (fills the GPU).")
+    image_size: int = Field(640, ge=32, le=4096, multiple_of=32, description="Side of the square input in pixels, a multiple of 32.")
+    learning_rate: float | None = Field(None, gt=0, le=1, description="Initial learning rate. Empty: chosen by the framework.")
+    optimizer: Literal["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSProp", "MuSGD"] | None = Field(
+        None, description="Optimizer. Empty: AdamW where a learning rate is given, else chosen by the framework."
+    )
+    workers: int | None = Field(None, ge=0, le=128, description="Data-loading processes. Empty: by the machine's cores.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of initial values, shuffling and augmentation.")
+    patience: int | None = Field(None, ge=1, le=10_000, description="Stop after so many epochs without improvement. Empty: never.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+(,\d+)*)?)$", description="auto, cpu, mps, cuda, cuda:0 or cuda:0,1.")
+    augmentations: list[dict[str, JsonValue]] | None = Field(
+        None, description='Albumentations pipeline: [{"transform": "HorizontalFlip", "p": 0.5}, ...]. Empty: the framework\'s own.'
+    )
+    model_params: dict[str, JsonValue] = Field(default_factory=dict, description="Further settings passed to the framework, by its own names.")
+
+
+class SplitConfig(UserInput):
+    """How to make the splits a dataset lacks: deterministic, by image or by group.
+
+    ``by`` is a regular expression over the file name; images whose first group (or whole match)
+    is equal stay in one split, because burst photographs leak through a random one.
+    """
+
+    by: str | None = Field(None, description=r"Pattern in the file name that groups images, e.g. '^(cam\d+_\d+)'.")
+    val: float = Field(0.1, ge=0, lt=1, description="Share of images for validation where the set has none.")
+    test: float = Field(0.1, ge=0, lt=1, description="Share of images for the test where the set has none. 0: report the validation figure.")
+    seed: int = Field(0, ge=0, description="Seed of the split.")
+
+    @field_validator("by")
+    @classmethod
+    def _by_compiles(cls, value: str | None) -> str | None:
+        import re
+
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as exc:
+                raise ValueError(f"not a regular expression: {exc}") from exc
+        return value
+
+
+class DatasetRef(StoredRecord):
+    """A checked dataset: where its files lie and which version of them. The index names every image and box."""
+
+    root: str = Field(description="Folder that the index's paths are relative to.")
+    index_uri: str = Field(description="The DatasetIndex as JSON.")
+    version: str = Field(description="sha256 over the paths and contents of all files used.")
+    name: str
+    image_count: int
+
+
+class TrainJob(StoredRecord):
+    """``config.json`` of an attempt: everything the trainer needs to know."""
+
+    contract_version: int = CONTRACT_VERSION
+    run_id: str
+    attempt: int
+    name: str
+    config: TrainConfig
+    dataset: DatasetRef
+    fingerprint: str = ""
+
+
+# --- Why it ended --------------------------------------------------------------------------------
+
+
+class FailureReason(StrEnum):
+    CONFIG = "config"
+    USER_CODE = "user-code"
+    OUT_OF_MEMORY = "out-of-memory"
+    DATA = "data"
+    PREEMPTED = "preempted"
+    TIMEOUT = "timeout"
+    CAPACITY = "capacity"
+    QUOTA = "quota"
+    IMAGE = "image"
+    PERMISSION = "permission"
+    INFRASTRUCTURE = "infrastructure"
+    UNKNOWN = "unknown"
+
+    @property
+    def is_retryable(self) -> bool:
+        """Whether the same request may well succeed on another machine."""
+        return self in (FailureReason.PREEMPTED, FailureReason.INFRASTRUCTURE)
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the trainer and of the ``trainyard`` command, after BSD ``sysexits(3)`` where it has a fitting one."""
+
+    OK = 0
+    UNEXPECTED = 1  # a defect of Trainyard itself
+    USAGE = 2  # the command line (click's own code)
+    DATA = 65  # EX_DATAERR: the dataset, or it changed while it was read
+    NOT_FOUND = 66  # EX_NOINPUT: no such run, file or profile
+    UNAVAILABLE = 69  # EX_UNAVAILABLE: a service, capacity, or the machine went away
+    USER_CODE = 70  # EX_SOFTWARE: the training raised
+    OUT_OF_MEMORY = 71  # EX_OSERR: host or GPU memory
+    RESULT_MISSING = 72  # ended as a success, but no verified model
+    OCCUPIED = 73  # EX_CANTCREAT: another trainer owns this attempt, or the place cannot be written
+    DISK_FULL = 74  # EX_IOERR
+    PREEMPTED = 75  # EX_TEMPFAIL: told to stop, checkpoint saved, can go on
+    PERMISSION = 77  # EX_NOPERM
+    CONFIG = 78  # EX_CONFIG: the request
+    TIMEOUT = 124  # as timeout(1): over its maximum run time or budget
+    CANCELLED = 130  # as a shell says after Ctrl-C
+
+
+EXIT_REASONS: dict[int, FailureReason] = {
+    ExitCode.DATA: FailureReason.DATA,
+    ExitCode.UNAVAILABLE: FailureReason.INFRASTRUCTURE,
+    ExitCode.USER_CODE: FailureReason.USER_CODE,
+    ExitCode.OUT_OF_MEMORY: FailureReason.OUT_OF_MEMORY,
+    ExitCode.RESULT_MISSING: FailureReason.UNKNOWN,
+    ExitCode.OCCUPIED: FailureReason.CONFIG,
+    ExitCode.DISK_FULL: FailureReason.QUOTA,
+    ExitCode.PREEMPTED: FailureReason.PREEMPTED,
+    ExitCode.PERMISSION: FailureReason.PERMISSION,
+    ExitCode.CONFIG: FailureReason.CONFIG,
+    ExitCode.TIMEOUT: FailureReason.TIMEOUT,
+}
+REASON_EXITS: dict[FailureReason, ExitCode] = {
+    FailureReason.CONFIG: ExitCode.CONFIG,
+    FailureReason.USER_CODE: ExitCode.USER_CODE,
+    FailureReason.OUT_OF_MEMORY: ExitCode.OUT_OF_MEMORY,
+    FailureReason.DATA: ExitCode.DATA,
+    FailureReason.PREEMPTED: ExitCode.PREEMPTED,
+    FailureReason.TIMEOUT: ExitCode.TIMEOUT,
+    FailureReason.CAPACITY: ExitCode.UNAVAILABLE,
+    FailureReason.QUOTA: ExitCode.DISK_FULL,
+    FailureReason.IMAGE: ExitCode.CONFIG,
+    FailureReason.PERMISSION: ExitCode.PERMISSION,
+    FailureReason.INFRASTRUCTURE: ExitCode.UNAVAILABLE,
+    FailureReason.UNKNOWN: ExitCode.UNEXPECTED,
+}
+
+
+class TrainyardError(Exception):
+    """An expected failure, told without a traceback: the cause, the next step, and the exit code of its class."""
+
+    def __init__(self, message: str, *, hint: str = "", code: ExitCode = ExitCode.UNEXPECTED) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.message.rstrip('.')}. Next: {self.hint}" if self.hint else self.message
+
+
+class TrainerError(TrainyardError):
+    """An expected failure of the trainer's side of the contract: the data, the config, the machine it runs on."""
+
+    def __init__(self, message: str, *, hint: str = "", code: ExitCode = ExitCode.USER_CODE) -> None:
+        super().__init__(message, hint=hint, code=code)
+
+
+class Phase(StrEnum):
+    """What the trainer is doing. ``queued`` waits for the machine; the others follow in this order."""
+
+    QUEUED = "queued"
+    PREPARING = "preparing"
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    FINISHING = "finishing"
+
+
+class Progress(StoredRecord):
+    """``progress.json`` (latest) and one line of ``progress.jsonl`` per finished epoch."""
+
+    attempt: int
+    phase: Phase
+    epoch: int = Field(0, description="Finished epochs.")
+    epochs: int
+    step: int = Field(0, description="Steps done in the epoch that runs.")
+    steps: int = Field(0, description="Steps of an epoch; 0 while unknown.")
+    metrics: dict[str, float] = Field(default_factory=dict, description="map50 map50_95 precision recall, on the validation split.")
+    losses: dict[str, float] = Field(default_factory=dict)
+    learning_rate: float | None = None
+    images_per_second: float | None = None
+    data_wait_share: float | None = Field(None, description="Share of the training time spent waiting for data, 0 to 1.")
+    memory_gib: float | None = Field(None, description="Resident memory of the fit.")
+    gpu_memory_gib: float | None = None
+    eta_seconds: float | None = None
+    host: str = ""
+    message: str = ""
+    updated_at: AwareDatetime = Field(default_factory=utc_now)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the training done, 0 to 1."""
+        within = self.step / self.steps if self.steps else 0.0
+        return min(1.0, (self.epoch + within) / self.epochs) if self.epochs else 0.0
+
+
+class JobFile(StoredRecord):
+    """``job.json``: written by the supervisor once it owns the attempt; its existence says that the job was created."""
+
+    run_id: str
+    attempt: int
+    fingerprint: str
+    host: str
+    pid: int
+    pid_created_at: float = Field(description="Start time of the process in seconds since the epoch, against reused pids.")
+    created_at: AwareDatetime = Field(default_factory=utc_now)
+
+
+class ExitRecord(StoredRecord):
+    """``exit.json``: how the attempt ended, written once by the supervisor."""
+
+    exit_code: int
+    reason: FailureReason | None = None
+    message: str = ""
+    hint: str = ""
+    signal: int | None = None
+    cancelled: bool = False
+    started_at: AwareDatetime
+    ended_at: AwareDatetime = Field(default_factory=utc_now)
+    phase_seconds: dict[str, float] = Field(default_factory=dict, description="Where the time went: importing, preparing, training, ...")
+
+
+class ManifestFile(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+    sha256: str
+    bytes: int
+
+
+class ResultManifest(StoredRecord):
+    """``manifest.json``, written last: the result is complete and these are its files."""
+
+    contract_version: int = CONTRACT_VERSION
+    run_id: str
+    attempt: int
+    framework: Framework
+    task: Task
+    model: str
+    dataset_version: str
+    fingerprint: str = ""
+    best_epoch: int = Field(description="1-based epoch whose weights were kept, chosen on validation.")
+    epochs: int = Field(description="Epochs trained.")
+    metrics: dict[str, float] = Field(description="The headline figures.")
+    metrics_split: Literal["test", "val"]
+    versions: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, ManifestFile]
+    created_at: AwareDatetime = Field(default_factory=utc_now)
+
+
+# --- Where things lie ----------------------------------------------------------------------------
+
+
+class RunLayout:
+    """Names inside ``<output_uri>/<run_id>/``, the same on every store."""
+
+    RUN = "run.json"
+    DATASET = "dataset.json"
+    CANCEL = "cancel.json"
+    REPORT = "report.md"
+    ATTEMPTS = "attempts"
+    EVENTS = "events"
+
+
+class AttemptLayout:
+    """Names inside ``attempts/<n>/``. The class holds names; an instance joins them to a local folder."""
+
+    PLAN = "plan.json"
+    REF = "ref.json"
+    OUTCOME = "outcome.json"
+    RECEIPT = "receipt.json"
+    CONFIG = "config.json"
+    LOCK = "lock"
+    STOP = "stop.json"
+    JOB = "job.json"
+    PROGRESS = "progress.json"
+    PROGRESS_LINES = "progress.jsonl"
+    EXIT = "exit.json"
+    FAILURE = "failure.json"
+    METRICS = "metrics.json"
+    EVALUATION = "evaluation.json"
+    MANIFEST = "manifest.json"
+    MODEL = "model/model.pt"
+    CHECKPOINTS = "checkpoints"
+    SAMPLES = "samples"
+    LOGS = "logs"
+    LOG = "logs/trainer.log"
+    WORK = "work"
+
+    # What the manifest covers; everything else is process state.
+    RESULT_FILES: ClassVar[tuple[str, ...]] = (MODEL, METRICS, EVALUATION)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    @property
+    def number(self) -> int:
+        return int(self.folder.name)
+
+    def earlier(self) -> list[AttemptLayout]:
+        """Earlier attempts of the same run, newest first."""
+        numbers = (int(p.name) for p in self.folder.parent.iterdir() if p.name.isdigit())
+        return [AttemptLayout(self.folder.parent / str(n)) for n in sorted(numbers, reverse=True) if n < self.number]
+
+
+ENV_HOME = "TRAINYARD_HOME"  # where this machine keeps runs, caches and locks; default ~/trainyard
+ENV_LOCK_FD = "TRAINYARD_LOCK_FD"  # open descriptor of the attempt's lock, inherited by the fit
+ENV_SUPERVISOR_PID = "TRAINYARD_SUPERVISOR_PID"
+
+# Headline metrics, framework-neutral.
+METRIC_NAMES = ("map50", "map50_95", "precision", "recall")

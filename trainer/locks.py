@@ -1,0 +1,40 @@
+"""Advisory file locks that live exactly as long as the processes that hold them.
+
+``flock`` belongs to the open file, so a child that inherits the descriptor keeps the lock when its
+parent dies, and the kernel drops it when the last of them is gone: a lock is better evidence of
+life than a process id, which is reused. Linux and macOS.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+
+def try_lock(path: Path) -> int | None:
+    """The open descriptor of an exclusive lock on `path`, inheritable; None where somebody holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    os.set_inheritable(descriptor, True)
+    return descriptor
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock. Takes a shared lock for a moment, so takers try more than once."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

@@ -1,0 +1,102 @@
+"""Small objects by URI: get, put (also create-only), list. One library, obstore, for every store.
+
+A URI is ``file:///folder`` or a plain absolute path today; ``s3:// gs:// az://`` are the same calls on
+another obstore store. Writes are atomic: a reader sees the old object, the new one, or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from trainer.contract import ExitCode, TrainerError
+
+if TYPE_CHECKING:
+    from obstore.store import LocalStore
+
+
+def to_uri(location: str | Path) -> str:
+    """A plain path as a ``file://`` URI; a URI as it is."""
+    text = str(location)
+    return text.rstrip("/") if "://" in text else Path(text).expanduser().absolute().as_uri()
+
+
+def to_path(uri: str) -> Path:
+    """The local path of a ``file://`` URI or plain path. Raises TrainerError for other schemes."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("", "file"):
+        raise TrainerError(
+            f"{uri!r} is not a folder of this machine",
+            hint="give a local path or a file:// URI; object stores are not supported for this yet",
+            code=ExitCode.CONFIG,
+        )
+    return Path(unquote(parts.path) if parts.scheme else uri)
+
+
+@lru_cache(maxsize=64)
+def _store(root: str) -> LocalStore:
+    from obstore.store import LocalStore
+
+    return LocalStore(prefix=to_path(root))
+
+
+class ObjectFolder:
+    """The objects below one URI, by relative name."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = to_uri(uri)
+
+    def child(self, name: str) -> ObjectFolder:
+        return ObjectFolder(f"{self.uri}/{name}")
+
+    def get(self, name: str) -> bytes | None:
+        """The object's bytes, or None where there is none."""
+        # A local file is read without the store: listings of runs and polls are hot.
+        try:
+            return (to_path(self.uri) / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def sha256(self, name: str) -> str | None:
+        """The hex digest of the object, read piece by piece; None where there is none."""
+        try:
+            with (to_path(self.uri) / name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            return None
+
+    def put(self, name: str, data: bytes) -> None:
+        import obstore
+
+        self._make_root()
+        obstore.put(_store(self.uri), name, data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Writes the object only if there is none. False where one was there."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        self._make_root()
+        try:
+            obstore.put(_store(self.uri), name, data, mode="create")
+        except AlreadyExistsError:
+            return False
+        return True
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names of objects and folders directly below `folder`, sorted."""
+        path = to_path(self.uri) / folder
+        return sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+
+    def _make_root(self) -> None:
+        try:
+            to_path(self.uri).mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise TrainerError(
+                f"cannot write to {to_path(self.uri)}: {exc.strerror}",
+                hint="choose another output folder with --output, or mend its permissions",
+                code=ExitCode.OCCUPIED,
+            ) from exc
