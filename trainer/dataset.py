@@ -124,7 +124,7 @@ def check_dataset(
     """
     if task is not Task.OBJECT_DETECTION:
         raise TrainerError(f"the task {task} is not supported yet", hint=f"Use {Task.OBJECT_DETECTION}.", code=ExitCode.CONFIG)
-    source = Path(os.path.abspath(path.expanduser()))
+    source = _absolute(path)
     raw = read_found(find_dataset(source))
     root = _common_root(raw)
     listed = _drop_repeats(raw)
@@ -134,7 +134,7 @@ def check_dataset(
     left_out = len({p.path for p in problems} - {i.path for i in usable} - {f.path for f in label_files})
     _refuse_problems(problems, len(usable) + left_out, max_problem_share, source)
     given: dict[str, Split | None] = {_relative(image.path, root): image.split for image in listed}
-    splits, sources = assign_splits(usable, given, split, raw.notes)
+    splits, sources = assign_splits({i.path: i.sha256 for i in usable}, given, split, raw.notes)
     images = tuple(image.model_copy(update={"split": splits[image.path]}) for image in usable)
     index = DatasetIndex(
         name=(source.name if source.is_dir() else raw.base.name) or "dataset",
@@ -188,7 +188,7 @@ def decode_image(path: Path) -> Decoded | str:
             # 5 to 8 turn the image by a quarter. Pillow itself has turned a TIFF by now, and dropped the tag.
             if image.getexif().get(0x0112) in (5, 6, 7, 8):
                 width, height = height, width
-    except Exception as exc:  # noqa: BLE001 - broken files make Pillow's plug-ins raise nearly anything
+    except Exception as exc:  # broken files make Pillow's plug-ins raise nearly anything
         return "it is not an image" if isinstance(exc, Image.UnidentifiedImageError) else f"{exc}" or type(exc).__name__
     if min(width, height) < MIN_SIDE:
         return f"it is {width} x {height} pixels; at least {MIN_SIDE} are needed on each side"
@@ -250,6 +250,11 @@ def _judge_box(raw: RawDataset, image: RawImage, box: RawBox, size: Decoded) -> 
     centre = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
     x, y, width, height = (round(value, 9) for value in centre)
     return box.class_index, x, y, width, height
+
+
+def _absolute(path: Path) -> Path:
+    """Absolute, but with links as they are: the path that the user knows."""
+    return Path(os.path.normpath(path.expanduser().absolute()))
 
 
 def _common_root(raw: RawDataset) -> Path:
@@ -338,7 +343,7 @@ def _notes_on(index: DatasetIndex) -> list[str]:
 
 
 def assign_splits(
-    images: list[ImageItem], given: dict[str, Split | None], config: SplitConfig, notes: list[str]
+    images: dict[str, str], given: dict[str, Split | None], config: SplitConfig, notes: list[str]
 ) -> tuple[dict[str, Split], dict[str, SplitSource]]:
     """Split by path, and which splits were given or made. What is missing is made from train; images of no split are train's.
 
@@ -346,7 +351,7 @@ def assign_splits(
     """
     have: set[Split] = {split for split in given.values() if split}
     splits: dict[str, Split] = {path: split or "train" for path, split in given.items()}
-    pool = [image for image in images if splits[image.path] == "train"]
+    pool = {path: digest for path, digest in images.items() if splits[path] == "train"}
     sources: dict[str, SplitSource] = {"train": "given" if "train" in have else "made", **{s: "given" for s in SPLITS[1:] if s in have}}
     if images and not pool:
         raise data_error(
@@ -395,17 +400,17 @@ def _note_made(split: Split, count: int, total: int, config: SplitConfig, is_tra
     return f"{how} (seed {config.seed}). {advice}"
 
 
-def _ordered_groups(images: list[ImageItem], config: SplitConfig, notes: list[str]) -> list[list[str]]:
+def _ordered_groups(images: dict[str, str], config: SplitConfig, notes: list[str]) -> list[list[str]]:
     """Paths that must stay together, in the order in which groups leave train. Without a pattern only equal images are kept together."""
     groups: dict[str, list[str]] = defaultdict(list)
     first: dict[str, str] = {}
     unmatched = 0
-    for image in images:
-        match = re.search(config.by, PurePosixPath(image.path).name) if config.by else None
+    for path, digest in images.items():
+        match = re.search(config.by, PurePosixPath(path).name) if config.by else None
         key = next((text for text in (*match.groups()[:1], match[0]) if text), "") if match else ""
         unmatched += bool(config.by and not key)
         # The two kinds of keys must never meet: a path holds no NUL.
-        groups[f"\0{key}" if key else first.setdefault(image.sha256, image.path)].append(image.path)
+        groups[f"\0{key}" if key else first.setdefault(digest, path)].append(path)
     if unmatched:
         notes.append(f"{unmatched} images do not match split.by ({config.by}); each is a group of its own.")
     order = sorted(groups, key=lambda key: hashlib.sha256(f"{config.seed}:{key.lstrip(chr(0))}".encode()).hexdigest())
@@ -454,9 +459,9 @@ def write_yolo_layout(index: DatasetIndex, root: Path, folder: Path) -> Path:
     Ultralytics saves such files anew in place. An earlier layout is replaced. Raises TrainerError: CONFIG where the
     folder holds anything else, DATA where an image is gone.
     """
-    root, folder = Path(os.path.abspath(root)), Path(os.path.abspath(folder))
+    root, folder = _absolute(root), _absolute(folder)
     config = folder / "data.yaml"
-    is_ours = config.is_file() and config.read_text(encoding="utf-8").startswith(_LAYOUT_MARK)
+    is_ours = config.is_file() and config.read_bytes().startswith(_LAYOUT_MARK.encode())
     if folder == root or (folder.exists() and not is_ours and (not folder.is_dir() or any(folder.iterdir()))):
         raise TrainerError(f"{folder} exists and is no layout of Trainyard", hint="Use another folder, or empty it.", code=ExitCode.CONFIG)
     partial = folder.with_name(f"{folder.name}.partial")

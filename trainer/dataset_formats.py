@@ -27,7 +27,7 @@ from trainer.contract import ExitCode, TrainerError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-_SPLIT_FOLDER = re.compile(r"(train|valid|validation|val|test)\d*", re.IGNORECASE)
+SPLIT_FOLDER = re.compile(r"(train|valid|validation|val|test)\d*", re.IGNORECASE)
 _SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|valid|validation|val|test)(?=[^a-z]|$)", re.IGNORECASE)
 _COCO_NAME = re.compile(r"(.*coco.*|instances_.*|annotations?|result|(train|valid|val|test)\d*)\.json", re.IGNORECASE)
 # COCO ships these beside its instances files; they hold no boxes of the detection task.
@@ -132,6 +132,14 @@ def data_error(message: str, hint: str = "") -> TrainerError:
 # --- Folders -------------------------------------------------------------------------------------
 
 
+def answers(question: Callable[[Path], bool], path: Path) -> bool:
+    """``Path.exists`` and its like, where a name that is too long or a folder that may not be entered is a no, not an error."""
+    try:
+        return question(path)
+    except OSError:
+        return False
+
+
 def list_visible(folder: Path) -> list[Path]:
     """Entries of a folder, sorted, without hidden ones and the ``__MACOSX`` that archives from a Mac leave; [] if it is no folder."""
     try:
@@ -154,7 +162,7 @@ def walk_files(folder: Path, suffixes: Sequence[str], seen: frozenset[Path] = fr
     if real in seen:
         return
     for entry in list_visible(folder):
-        if os.path.isdir(entry):
+        if answers(Path.is_dir, entry):
             yield from walk_files(entry, suffixes, seen | {real})
         elif entry.suffix.lower() in suffixes:
             yield entry
@@ -166,21 +174,21 @@ def has_files(folder: Path | None, suffixes: Sequence[str]) -> bool:
 
 def subfolder(folder: Path, *names: str) -> Path | None:
     """The first of the names that exists as a folder, in any case."""
-    folders = {p.name.lower(): p for p in reversed(list_visible(folder)) if p.name.lower() in names and os.path.isdir(p)}
+    folders = {p.name.lower(): p for p in reversed(list_visible(folder)) if p.name.lower() in names and answers(Path.is_dir, p)}
     return next((folders[name] for name in names if name in folders), None)
 
 
 def split_folders(folder: Path) -> list[tuple[Split, Path]]:
     """Sub-folders named like a split (train, val, valid, validation, test, train2017)."""
-    return [(_as_split(m[1]), p) for p in list_visible(folder) if (m := _SPLIT_FOLDER.fullmatch(p.name)) and os.path.isdir(p)]
+    return [(as_split(m[1]), p) for p in list_visible(folder) if (m := SPLIT_FOLDER.fullmatch(p.name)) and answers(Path.is_dir, p)]
 
 
-def _as_split(word: str) -> Split:
+def as_split(word: str) -> Split:
     return "val" if word.lower().startswith("val") else "test" if word.lower() == "test" else "train"
 
 
-def _split_in_name(name: str) -> Split | None:
-    splits: set[Split] = {_as_split(word) for word in _SPLIT_IN_NAME.findall(name)}
+def split_in_name(name: str) -> Split | None:
+    splits: set[Split] = {as_split(word) for word in _SPLIT_IN_NAME.findall(name)}
     return splits.pop() if len(splits) == 1 else None
 
 
@@ -192,7 +200,7 @@ def find_dataset(path: Path) -> Found:
 
     Raises TrainerError: NOT_FOUND where nothing is there, DATA where no format or several fit.
     """
-    if not os.path.exists(path):
+    if not answers(Path.exists, path):
         raise TrainerError(f"no dataset at {path}: there is no such file or folder", hint="Check the path.", code=ExitCode.NOT_FOUND)
     if path.is_file():
         return _found_file(path)
@@ -271,7 +279,7 @@ def read_found(found: Found) -> RawDataset:
     return raw
 
 
-def _numbers(texts: Iterable[str | None]) -> list[float] | None:
+def parse_numbers(texts: Iterable[str | None]) -> list[float] | None:
     try:
         values = [float(text or "") for text in texts]
     except ValueError:
@@ -338,7 +346,7 @@ def _yolo_sources(config: dict[str, Any], file: Path, raw: RawDataset) -> list[t
     """Folders, lists and images of each split. A ``path:`` of another machine, common in exports, falls back to the file's folder."""
     stated = _yaml_texts(config, "path", file)
     base = Path(os.path.normpath(file.parent / (stated[0] if stated else ".")))
-    if not os.path.isdir(base):
+    if not answers(Path.is_dir, base):
         raw.notes.append(f"path: {stated[0]} in {file.name} does not exist; its own folder was used.")
         base = file.parent
     sources: list[tuple[Split | None, list[Path]]] = []
@@ -347,7 +355,7 @@ def _yolo_sources(config: dict[str, Any], file: Path, raw: RawDataset) -> list[t
         texts = next((texts for key in keys if (texts := _yaml_texts(config, key, file))), list[str]())
         if not texts:
             continue
-        places = {text: _first_existing((base / text, base / text.removeprefix("../"), file.parent / text)) for text in texts}
+        places = {text: first_existing((base / text, base / text.removeprefix("../"), file.parent / text)) for text in texts}
         missing = [text for text, place in places.items() if place is None]
         if missing and split != "test":
             raise data_error(f"{file.name} says {split}: {missing[0]}, which does not exist below {base}", f"Correct {split}: or path:.")
@@ -366,12 +374,12 @@ def _yaml_texts(config: dict[str, Any], key: str, file: Path) -> list[str]:
     return texts
 
 
-def _first_existing(paths: Iterable[Path]) -> Path | None:
-    return next((Path(os.path.normpath(p)) for p in paths if os.path.exists(p)), None)
+def first_existing(paths: Iterable[Path]) -> Path | None:
+    return next((Path(os.path.normpath(p)) for p in paths if answers(Path.exists, p)), None)
 
 
 def _yolo_class_list(raw: RawDataset) -> tuple[str, ...]:
-    file = _first_existing(raw.base / name for name in ("classes.txt", "labels/classes.txt", "obj.names"))
+    file = first_existing(raw.base / name for name in ("classes.txt", "labels/classes.txt", "obj.names"))
     names = raw.read_lines(file) if file else []
     if not names:
         raise data_error(f"{raw.base} has images and labels, but no class names", "Add a data.yaml, or classes.txt with a name per line.")
@@ -394,7 +402,7 @@ def _yolo_images(place: Path, raw: RawDataset) -> Iterator[Path]:
         yield from walk_files(place, IMAGE_SUFFIXES) if place.is_dir() else [place]
         return
     for line in raw.read_lines(place):
-        image = _first_existing(folder / line for folder in (place.parent, raw.base))
+        image = first_existing(folder / line for folder in (place.parent, raw.base))
         if image:
             yield image
         else:
@@ -427,7 +435,7 @@ def _yolo_box(number: int, row: list[str], image: Path, label: Path, raw: RawDat
     where = f"{raw.show(label)} row {number}"
     if len(row) > 6:
         raise _other_task(f"{where} has {len(row)} columns, a polygon", "instance-segmentation")
-    values = _numbers(row)
+    values = parse_numbers(row)
     if len(row) != 5 or values is None or values[0] % 1:
         raw.add_problem(image, ProblemKind.MALFORMED_LABEL, f"{where} is not 'class x y width height': {' '.join(row)[:80]!r}")
         return None
@@ -471,8 +479,8 @@ def _read_coco(found: Found, raw: RawDataset) -> None:
     classes = _coco_classes(documents, raw)
     listed: set[Path] = set()
     for file, document in documents:
-        folder = _SPLIT_FOLDER.fullmatch(file.parent.name)
-        split = _split_in_name(file.stem) or (_as_split(folder[1]) if folder else None)
+        folder = SPLIT_FOLDER.fullmatch(file.parent.name)
+        split = split_in_name(file.stem) or (as_split(folder[1]) if folder else None)
         paths = _coco_paths(file, document, split, raw)
         boxes = _coco_boxes(file, document, paths, classes, raw)
         # A single file is the whole set, whatever its name says.
@@ -526,7 +534,7 @@ def _coco_paths(file: Path, document: _CocoFile, split: Split | None, raw: RawDa
         if ".." in name.parts or (name.is_absolute() and not Path(name).is_relative_to(raw.base)):
             message = f"{raw.show(file)} names the image {image.file_name!r}, which lies outside the dataset"
             raise data_error(message, "Name images relative to the dataset's folder.")
-        path = next((p for folder in dict.fromkeys(folders) if os.path.isfile(p := folder / name)), None)
+        path = next((p for folder in dict.fromkeys(folders) if answers(Path.is_file, p := folder / name)), None)
         if path:
             paths[image.id] = path
         else:
@@ -561,7 +569,7 @@ def _coco_boxes(
 
 
 def _coco_values(bbox: object) -> tuple[float, float, float, float] | None:
-    values = _numbers(str(v) for v in cast("list[object]", bbox)) if isinstance(bbox, list) else None
+    values = parse_numbers(str(v) for v in cast("list[object]", bbox)) if isinstance(bbox, list) else None
     return (values[0], values[1], values[2], values[3]) if values and len(values) == 4 else None
 
 
@@ -620,8 +628,8 @@ def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
 
 
 def _voc_key_split(key: str) -> Split | None:
-    match = _SPLIT_FOLDER.fullmatch(key.partition("/")[0]) if "/" in key else None
-    return _as_split(match[1]) if match else None
+    match = SPLIT_FOLDER.fullmatch(key.partition("/")[0]) if "/" in key else None
+    return as_split(match[1]) if match else None
 
 
 def _voc_lists(base: Path, raw: RawDataset) -> dict[Split, list[str]]:
@@ -639,8 +647,8 @@ def _voc_lists(base: Path, raw: RawDataset) -> dict[Split, list[str]]:
 
 
 def _voc_entry(line: str) -> str:
-    stem, suffix = os.path.splitext(line)
-    return stem if suffix.lower() in IMAGE_SUFFIXES else line
+    suffix = PurePosixPath(line).suffix
+    return line.removesuffix(suffix) if suffix.lower() in IMAGE_SUFFIXES else line
 
 
 def _voc_pair(key: str, folder: _VocFolder, raw: RawDataset) -> tuple[Path, _VocLabel] | None:
@@ -664,11 +672,11 @@ def _voc_label(file: Path, image: Path, raw: RawDataset) -> _VocLabel | None:
     except (expat.ExpatError, ElementTree.ParseError, ValueError, LookupError) as exc:
         raw.add_problem(image, ProblemKind.MALFORMED_LABEL, f"{raw.show(file)} is not usable XML: {exc}")
         return None
-    sides = _numbers(root.findtext(f"size/{side}") for side in ("width", "height"))
+    sides = parse_numbers(root.findtext(f"size/{side}") for side in ("width", "height"))
     objects: list[tuple[int, str, tuple[float, float, float, float]]] = []
     for number, element in enumerate(root.findall("object"), 1):
         name = (element.findtext("name") or "").strip()
-        values = _numbers(element.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
+        values = parse_numbers(element.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
         if name and values:
             objects.append((number, name, (values[0], values[1], values[2], values[3])))
         else:
@@ -688,4 +696,4 @@ def _parse_xml(content: bytes) -> ElementTree.Element:
     scanner = expat.ParserCreate()
     scanner.StartDoctypeDeclHandler = refuse
     scanner.Parse(content, True)
-    return ElementTree.fromstring(content)
+    return ElementTree.fromstring(content)  # noqa: S314 - without a DOCTYPE there are no entities

@@ -46,7 +46,8 @@ class ProgressWriter:
         self._lines_path = layout / AttemptLayout.PROGRESS_LINES
         self._written_at = -math.inf
         self._last_line = max((line.epoch for line in read_lines(self._lines_path)), default=0)
-        self.latest = Progress(attempt=attempt, phase=Phase.PREPARING, epochs=epochs, host=socket.gethostname())
+        first = {"attempt": attempt, "phase": Phase.PREPARING, "epochs": epochs, "host": socket.gethostname()}
+        self.latest = Progress.model_validate(first)
 
     def update(self, *, at_most_every_second: bool = False, **changes: Any) -> Progress:
         """Changes fields of the latest state and writes it, unless it was written within the last second and may wait."""

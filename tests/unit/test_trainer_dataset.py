@@ -67,7 +67,7 @@ def refused(path: Path, **options: Any) -> TrainerError:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("cut.jpg", picture("x")[:400], "truncated"),
+        ("cut.jpg", picture("x")[:-20], "truncated"),
         ("empty.jpg", b"", "empty"),
         ("text.png", b"hello", "not an image"),
         ("small.png", picture("x", (9, 30), "PNG"), "9 x 30"),
@@ -79,18 +79,20 @@ def test_unusable_images_are_left_out(tmp_path: Path, name: str, content: bytes,
     add(make(tmp_path, train=4, val=1, test=1), name, content=content)
     index = check_dataset(tmp_path, max_problem_share=0.2)
     assert [(p.path, p.kind) for p in index.problems] == [(f"images/train/{name}", ProblemKind.UNREADABLE_IMAGE)]
-    assert said in index.problems[0].message and index.left_out == 1 and index.count("train") == 4
+    assert said in index.problems[0].message
+    assert index.left_out == 1
+    assert index.count("train") == 4
 
 
 def test_a_broken_link_and_a_pipe_are_named(tmp_path: Path) -> None:
+    make(tmp_path, train=4, val=1, test=1)
     for name in ("link.jpg", "pipe.jpg"):
-        add(make(tmp_path, train=4, val=1, test=1), name).unlink()
-        (tmp_path / "images/train/link.jpg").unlink(missing_ok=True)
+        add(tmp_path, name).unlink()
     (tmp_path / "images/train/link.jpg").symlink_to(tmp_path / "gone.jpg")
-    add(tmp_path, "pipe.jpg").unlink()
     os.mkfifo(tmp_path / "images/train/pipe.jpg")
     index = check_dataset(tmp_path, max_problem_share=0.5)
-    assert [p.kind for p in index.problems] == [ProblemKind.UNREADABLE_IMAGE] * 2 and index.left_out == 2
+    assert [p.kind for p in index.problems] == [ProblemKind.UNREADABLE_IMAGE] * 2
+    assert index.left_out == 2
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "bmp", "tif", "TIFF", "webp"])
@@ -115,7 +117,8 @@ def test_an_image_link_is_used_by_content(tmp_path: Path) -> None:
     add(tmp_path / "set", "link.jpg").unlink()
     (tmp_path / "set/images/train/link.jpg").symlink_to(tmp_path / "elsewhere.jpg")
     index = check_dataset(tmp_path / "set")
-    assert index.count("train") == 3 and index.root == str(tmp_path / "set")
+    assert index.count("train") == 3
+    assert index.root == str(tmp_path / "set")
 
 
 # --- What is refused -------------------------------------------------------------------------------
@@ -127,8 +130,11 @@ def test_too_many_problems(tmp_path: Path) -> None:
     assert check_dataset(tmp_path).left_out == 1, "5 % of 20 are allowed"
     add(tmp_path, "001.jpg", row="0 0.5 0.5 0 0\n0 0.5 0.5 0 0\n")
     error = refused(tmp_path)
-    assert "2 of 20 images (10.0%)" in error.message and "2 degenerate-box, 1 unreadable-image" in error.message
-    assert "images/train/001.jpg" in error.message and "--max-problem-share" in error.hint and error.code == ExitCode.DATA
+    assert "2 of 20 images (10.0%)" in error.message
+    assert "2 degenerate-box, 1 unreadable-image" in error.message
+    assert "images/train/001.jpg" in error.message
+    assert "--max-problem-share" in error.hint
+    assert error.code == ExitCode.DATA
     assert check_dataset(tmp_path, max_problem_share=0.1).left_out == 1
 
 
@@ -155,7 +161,8 @@ def test_no_usable_val_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", [task for task in Task if task is not Task.OBJECT_DETECTION])
 def test_other_tasks(tmp_path: Path, task: Task) -> None:
     error = refused(tmp_path, task=task)
-    assert "not supported yet" in error.message and error.code == ExitCode.CONFIG
+    assert "not supported yet" in error.message
+    assert error.code == ExitCode.CONFIG
 
 
 # --- Splits ----------------------------------------------------------------------------------------
@@ -171,7 +178,9 @@ def test_test_is_made_from_train_never_from_val(tmp_path: Path) -> None:
 
 def test_no_test_split_where_none_is_wanted(tmp_path: Path) -> None:
     index = check_dataset(make(tmp_path, train=30, val=10), split=split_config(test=0))
-    assert index.count("test") == 0 and set(index.split_sources) == {"train", "val"} and index.notes == ()
+    assert index.count("test") == 0
+    assert set(index.split_sources) == {"train", "val"}
+    assert index.notes == ()
 
 
 def test_val_and_test_are_made_from_train(tmp_path: Path) -> None:
@@ -186,7 +195,8 @@ def test_shares_give_at_least_one_image(tmp_path: Path) -> None:
 
 def test_two_images_make_no_test_split(tmp_path: Path) -> None:
     index = check_dataset(make(tmp_path, train=2))
-    assert (index.count("train"), index.count("val")) == (1, 1) and any("no test split" in note for note in index.notes)
+    assert (index.count("train"), index.count("val")) == (1, 1)
+    assert any("no test split" in note for note in index.notes)
 
 
 def test_no_split_can_be_made(tmp_path: Path) -> None:
@@ -205,14 +215,15 @@ def test_groups_stay_together(tmp_path: Path, seed: int) -> None:
         for shot in range(4):
             add(tmp_path, f"cam{camera}_{shot}.jpg")
     add(tmp_path, "other.jpg")
-    make(tmp_path, train=0)
     (tmp_path / "data.yaml").write_text("train: images/train\nnames: [cell]\n")
     index = check_dataset(tmp_path, split=split_config(by=r"^(cam\d+)_", seed=seed))
     places: dict[str, set[str]] = {}
     for path, split in splits(index).items():
         places.setdefault(Path(path).name.partition("_")[0], set()).add(split)
-    assert len(places) == 11 and all(len(found) == 1 for found in places.values())
-    assert 4 <= index.count("val") <= 8 and 4 <= index.count("test") <= 8
+    assert len(places) == 11
+    assert all(len(found) == 1 for found in places.values())
+    assert 4 <= index.count("val") <= 8
+    assert 4 <= index.count("test") <= 8
     assert any("1 images do not match" in note for note in index.notes)
 
 
@@ -240,17 +251,19 @@ def test_seed_and_stability(tmp_path: Path) -> None:
 
 
 def test_equal_images_are_kept_together_and_told_where_given_apart(tmp_path: Path) -> None:
-    make(tmp_path / "made", train=0)
     for number in range(40):
         add(tmp_path / "made", f"{number}.jpg", content=picture(f"{number // 4}"))
     (tmp_path / "made/data.yaml").write_text("train: images/train\nnames: [cell]\n")
     made = check_dataset(tmp_path / "made")
-    assert made.problems == () and made.count("test") == 4
+    assert made.problems == ()
+    assert made.count("test") == 4
     make(tmp_path / "given", train=3, val=1, test=1)
     add(tmp_path / "given", "leak.jpg", "val", picture("train/001.jpg"))
     given = check_dataset(tmp_path / "given")
     assert [(p.path, p.kind) for p in given.problems] == [("images/val/leak.jpg", ProblemKind.DUPLICATE_IMAGE)]
-    assert "images/train/001.jpg" in given.problems[0].message and given.count("val") == 2 and given.left_out == 0
+    assert "images/train/001.jpg" in given.problems[0].message
+    assert given.count("val") == 2
+    assert given.left_out == 0
     assert any("same bytes" in note for note in given.notes)
 
 
@@ -267,7 +280,8 @@ def test_index_is_the_same_wherever_and_in_whatever_order(tmp_path: Path) -> Non
     seen: list[tuple[int, int]] = []
     first = check_dataset(tmp_path / "a/set", on_progress=lambda done, total: seen.append((done, total)))
     second = check_dataset(tmp_path / "b/set")
-    assert second.model_copy(update={"root": first.root}) == first and len(first.version) == 64
+    assert second.model_copy(update={"root": first.root}) == first
+    assert len(first.version) == 64
     assert seen == [(n, 12) for n in range(1, 13)]
     assert DatasetIndex.model_validate_json(first.model_dump_json()) == first
     assert first.box_counts("train") == [first.count("train")] == [10]
@@ -311,9 +325,10 @@ def test_layout(tmp_path: Path) -> None:
         "names": {0: "cell"},
     }
     images = sorted((config.parent / "images/train").iterdir())
-    assert len(images) == 6 and all(i.is_symlink() and i.name.isascii() and " " not in i.name for i in images)
-    assert {os.readlink(i) for i in images} == {str(root / i.path) for i in index.images if i.split == "train"}
-    labels = {os.readlink(i): (config.parent / "labels/train" / f"{i.stem}.txt").read_text() for i in images}
+    assert len(images) == 6
+    assert all(i.is_symlink() and i.name.isascii() and " " not in i.name for i in images)
+    assert {str(i.readlink()) for i in images} == {str(root / i.path) for i in index.images if i.split == "train"}
+    labels = {str(i.readlink()): (config.parent / "labels/train" / f"{i.stem}.txt").read_text() for i in images}
     assert labels[str(root / "images/train/sub/Blut Körper.v2.JPG")] == "0 0.25 0.5 0.123456789 1\n"
     assert labels[str(root / "images/train/nothing.jpg")] == ""
 
@@ -326,16 +341,18 @@ def test_layout_leaves_other_folders_alone(tmp_path: Path) -> None:
         with pytest.raises(TrainerError) as caught:
             write_yolo_layout(index, tmp_path / "set", folder)
         assert caught.value.code == ExitCode.CONFIG
-    assert (tmp_path / "mine/notes.txt").exists() and changed_files(index, tmp_path / "set") == []
+    assert (tmp_path / "mine/notes.txt").exists()
+    assert changed_files(index, tmp_path / "set") == []
 
 
 def test_layout_of_a_set_that_changed_leaves_nothing_half_made(tmp_path: Path) -> None:
     root = make(tmp_path / "set", train=2, val=1, test=1)
     index = check_dataset(root)
     (root / "images/train/001.jpg").unlink()
-    with pytest.raises(TrainerError, match="001.jpg") as caught:
+    with pytest.raises(TrainerError, match=r"001\.jpg") as caught:
         write_yolo_layout(index, root, tmp_path / "layout")
-    assert caught.value.code == ExitCode.DATA and not (tmp_path / "layout").exists()
+    assert caught.value.code == ExitCode.DATA
+    assert not (tmp_path / "layout").exists()
 
 
 def test_jpeg_with_trailing_bytes_is_copied(tmp_path: Path) -> None:
@@ -343,7 +360,8 @@ def test_jpeg_with_trailing_bytes_is_copied(tmp_path: Path) -> None:
     odd = add(root, "odd.png", content=picture("odd") + b"\0\0")
     layout = write_yolo_layout(check_dataset(root), root, tmp_path / "layout").parent
     copies = [p for p in (layout / "images").rglob("*.*") if not p.is_symlink()]
-    assert len(copies) == 1 and copies[0].read_bytes() == odd.read_bytes()
+    assert len(copies) == 1
+    assert copies[0].read_bytes() == odd.read_bytes()
 
 
 def test_ultralytics_reads_the_layout_and_changes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +389,8 @@ def test_ultralytics_reads_the_layout_and_changes_no_file(tmp_path: Path, monkey
 def test_bccd() -> None:
     index = check_dataset(BCCD)
     assert [index.count(split) for split in ("train", "val", "test")] == [205, 87, 72]
-    assert index.classes == ("Platelets", "RBC", "WBC") and index.left_out == 0
+    assert index.classes == ("Platelets", "RBC", "WBC")
+    assert index.left_out == 0
     assert set(index.split_sources.values()) == {"given"}
     assert [(Path(p.path).stem, p.kind) for p in index.problems] == [
         ("BloodImage_00338", ProblemKind.DEGENERATE_BOX),

@@ -100,7 +100,8 @@ def test_yolo_folders(tmp_path: Path, pattern: str, val: str) -> None:
     config(tmp_path, train=pattern.format(split="train"), val=pattern.format(split=val), test=pattern.format(split="test"))
     index = check_dataset(tmp_path)
     assert (index.format, index.classes, counts(index)) == (DatasetFormat.YOLO, ("cell",), [2, 2, 2])
-    assert index.problems == () and index.notes == ()
+    assert index.problems == ()
+    assert index.notes == ()
     assert set(index.split_sources.values()) == {"given"}
     assert all(image.boxes == ((0, *CENTRE),) for image in index.images)
     assert check_dataset(tmp_path / "data.yaml") == index.model_copy(update={"name": tmp_path.name})
@@ -154,7 +155,8 @@ def test_yolo_names(tmp_path: Path, names: Any) -> None:
 def test_yolo_broken_config(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     config(yolo(tmp_path, "images/{split}"), **{"train": "images/train", "val": "images/val", **fields})
     error = refused(tmp_path)
-    assert message in error.message and error.code == ExitCode.DATA
+    assert message in error.message
+    assert error.code == ExitCode.DATA
 
 
 @pytest.mark.parametrize("text", ["names: [a\n", "just text", "[1, 2]", ""])
@@ -171,7 +173,8 @@ def test_yolo_path_key(tmp_path: Path) -> None:
     elsewhere = tmp_path / "configs"
     elsewhere.mkdir()
     index = check_dataset(config(elsewhere, path=str(tmp_path / "sets/cells"), train="images/train", val="images/val"))
-    assert index.root == str(tmp_path) and all(".." not in f.path for f in (*index.images, *index.label_files))
+    assert index.root == str(tmp_path)
+    assert all(".." not in f.path for f in (*index.images, *index.label_files))
 
 
 def test_yolo_path_of_another_machine(tmp_path: Path) -> None:
@@ -183,8 +186,10 @@ def test_yolo_path_of_another_machine(tmp_path: Path) -> None:
         test="../none/images",
     )
     index = check_dataset(tmp_path)
-    assert index.count("val") == 4 and index.split_sources["test"] == "made"
-    assert any("/content/nowhere" in note for note in index.notes) and any("none/images" in note for note in index.notes)
+    assert index.count("val") == 4
+    assert index.split_sources["test"] == "made"
+    assert any("/content/nowhere" in note for note in index.notes)
+    assert any("none/images" in note for note in index.notes)
 
 
 def test_yolo_lists_of_images(tmp_path: Path) -> None:
@@ -194,7 +199,8 @@ def test_yolo_lists_of_images(tmp_path: Path) -> None:
         label(tmp_path / f"{split}.txt", "\ufeff" + "\n".join(names) + "\n\n")
     config(tmp_path, train=["train.txt"], val="val.txt", test="test.txt")
     index = check_dataset(tmp_path)
-    assert counts(index) == [30, 30, 30] and index.left_out == 1
+    assert counts(index) == [30, 30, 30]
+    assert index.left_out == 1
     assert [(p.path, p.kind) for p in index.problems] == [("images/gone.png", ProblemKind.MISSING_IMAGE)]
     assert {"train.txt", "val.txt", "test.txt", "data.yaml"} <= {f.path for f in index.label_files}
 
@@ -202,8 +208,10 @@ def test_yolo_lists_of_images(tmp_path: Path) -> None:
 def test_yolo_same_folder_for_train_and_val(tmp_path: Path) -> None:
     config(yolo(tmp_path, "images/{split}", ("train",), count=20), train="images/train", val="images/train")
     index = check_dataset(tmp_path)
-    assert counts(index) == [16, 2, 2] and index.split_sources["val"] == "made"
-    assert set(kinds(index)) == {ProblemKind.DUPLICATE_IMAGE} and any("first only" in note for note in index.notes)
+    assert counts(index) == [16, 2, 2]
+    assert index.split_sources["val"] == "made"
+    assert set(kinds(index)) == {ProblemKind.DUPLICATE_IMAGE}
+    assert any("first only" in note for note in index.notes)
 
 
 def test_yolo_empty_label_is_background_and_missing_is_a_problem(tmp_path: Path) -> None:
@@ -212,7 +220,8 @@ def test_yolo_empty_label_is_background_and_missing_is_a_problem(tmp_path: Path)
     (tmp_path / "labels/val/val 0.txt").unlink()
     index = check_dataset(tmp_path, max_problem_share=0.5)
     assert [i.boxes for i in index.images if i.path.endswith("train 0.png")] == [()]
-    assert [(p.path, p.kind) for p in index.problems] == [("images/val/val 0.png", ProblemKind.NO_LABEL)] and index.left_out == 1
+    assert [(p.path, p.kind) for p in index.problems] == [("images/val/val 0.png", ProblemKind.NO_LABEL)]
+    assert index.left_out == 1
     assert "labels/val/val 0.txt" in index.problems[0].message
 
 
@@ -239,7 +248,9 @@ def test_yolo_broken_rows_are_left_out_and_named(tmp_path: Path, row: str, kind:
     index = check_dataset(tmp_path, max_problem_share=0.5)
     assert [(p.path, p.kind) for p in index.problems] == [("images/train/train 0.png", kind)]
     assert "labels/train/train 0.txt row 2" in index.problems[0].message
-    assert counts(index) == [2, 2, 2] and index.box_counts("train") == [2] and index.left_out == 0
+    assert counts(index) == [2, 2, 2]
+    assert index.box_counts("train") == [2]
+    assert index.left_out == 0
 
 
 def test_yolo_small_overshoot_is_clipped(tmp_path: Path) -> None:
@@ -248,7 +259,8 @@ def test_yolo_small_overshoot_is_clipped(tmp_path: Path) -> None:
     config(tmp_path, train="images/train", val="images/val", test="images/test")
     label(tmp_path / "labels/train/train 0.txt", "0 0.9 0.5 0.22 0.5\n")
     index = check_dataset(tmp_path)
-    assert index.problems == () and [i.boxes for i in index.images if "train 0" in i.path] == [((0, 0.895, 0.5, 0.21, 0.5),)]
+    assert index.problems == ()
+    assert [i.boxes for i in index.images if "train 0" in i.path] == [((0, 0.895, 0.5, 0.21, 0.5),)]
     label(tmp_path / "labels/train/train 0.txt", "0 0.9 0.5 0.24 0.5\n")
     assert kinds(check_dataset(tmp_path, max_problem_share=1)) == [ProblemKind.OUT_OF_RANGE_BOX]
 
@@ -257,14 +269,17 @@ def test_yolo_polygons_are_refused_with_the_task_that_fits(tmp_path: Path) -> No
     config(yolo(tmp_path, "images/{split}"), train="images/train", val="images/val")
     label(tmp_path / "labels/train/train 1.txt", "0 0.1 0.1 0.5 0.1 0.5 0.5\n")
     error = refused(tmp_path, max_problem_share=1)
-    assert "labels/train/train 1.txt row 1" in error.message and "instance-segmentation" in error.hint and error.code == ExitCode.DATA
+    assert "labels/train/train 1.txt row 1" in error.message
+    assert "instance-segmentation" in error.hint
+    assert error.code == ExitCode.DATA
 
 
 def test_yolo_binary_label(tmp_path: Path) -> None:
     config(yolo(tmp_path, "images/{split}"), train="images/train", val="images/val", test="images/test")
     (tmp_path / "labels/test/test 0.txt").write_bytes(b"\xff\xfe\x00")
     index = check_dataset(tmp_path, max_problem_share=0.5)
-    assert kinds(index) == [ProblemKind.MALFORMED_LABEL] and counts(index) == [2, 2, 1]
+    assert kinds(index) == [ProblemKind.MALFORMED_LABEL]
+    assert counts(index) == [2, 2, 1]
 
 
 # --- COCO ------------------------------------------------------------------------------------------
@@ -300,7 +315,8 @@ def test_coco_beside_images_in_split_folders(tmp_path: Path) -> None:
 def test_coco_file_given(tmp_path: Path) -> None:
     names = [draw(tmp_path / "images/val" / f"{n}.png").name for n in range(10)]
     index = check_dataset(coco(tmp_path / "annotations/instances_val.json", names))
-    assert index.root == str(tmp_path) and counts(index) == [8, 1, 1], "a single file is the whole set"
+    assert index.root == str(tmp_path)
+    assert counts(index) == [8, 1, 1], "a single file is the whole set"
 
 
 def test_coco_crowds_missing_and_broken(tmp_path: Path) -> None:
@@ -328,9 +344,11 @@ def test_coco_crowds_missing_and_broken(tmp_path: Path) -> None:
         ("annotations.json", "malformed-label", "55"),
         ("gone.png", "missing-image"),
     }
-    assert index.left_out == 1 and len(index.images) == 10
+    assert index.left_out == 1
+    assert len(index.images) == 10
     assert (0, 0.5, 0.5, 1.0, 1.0) in index.images[2].boxes, "half a pixel of overshoot is clipped"
-    assert any("1 crowd" in note for note in index.notes) and any("1 images in the folders" in note for note in index.notes)
+    assert any("1 crowd" in note for note in index.notes)
+    assert any("1 images in the folders" in note for note in index.notes)
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "a/../../secret.png", "/etc/secret.png", "..\\secret.png"])
@@ -364,7 +382,9 @@ def test_coco_size_that_does_not_match(tmp_path: Path) -> None:
     draw(tmp_path / "3.png", (80, 40))
     coco(tmp_path / "annotations.json", names)
     index = check_dataset(tmp_path, max_problem_share=0.1)
-    assert kinds(index) == [ProblemKind.SIZE_MISMATCH] and "40 x 20" in index.problems[0].message and index.left_out == 1
+    assert kinds(index) == [ProblemKind.SIZE_MISMATCH]
+    assert "40 x 20" in index.problems[0].message
+    assert index.left_out == 1
 
 
 # --- Pascal VOC ------------------------------------------------------------------------------------
@@ -376,20 +396,23 @@ def test_voc_with_lists(tmp_path: Path) -> None:
     label(tmp_path / f"Annotations/{stems[0]}.xml", voc_xml(("zebra", 0, 0, 40, 20), ("ant", 41, 21, 41, 21), ("ant", 1, 1, 41, 21)))
     index = check_dataset(tmp_path, max_problem_share=0.5)
     assert (index.format, index.classes, counts(index)) == (DatasetFormat.VOC, ("ant", "dog", "zebra"), [4, 2, 2])
-    assert [p.kind for p in index.problems] == [ProblemKind.DEGENERATE_BOX] and "object 2" in index.problems[0].message
+    assert [p.kind for p in index.problems] == [ProblemKind.DEGENERATE_BOX]
+    assert "object 2" in index.problems[0].message
     assert any("1 images are in no list" in note for note in index.notes)
     assert index.images[0].boxes == ((2, 0.5, 0.5, 1.0, 1.0), (0, 0.5125, 0.525, 0.975, 0.95)), "one pixel too many is clipped"
 
 
 def test_voc_without_lists(tmp_path: Path) -> None:
     index = check_dataset(voc(tmp_path, [f"i.{n}" for n in range(10)]))
-    assert counts(index) == [8, 1, 1] and set(index.split_sources.values()) == {"made"}
+    assert counts(index) == [8, 1, 1]
+    assert set(index.split_sources.values()) == {"made"}
 
 
 def test_voc_trainval_without_train(tmp_path: Path) -> None:
     stems = [str(n) for n in range(20)]
     index = check_dataset(voc(tmp_path, stems, trainval=stems[:15], test=stems[15:]))
-    assert counts(index) == [13, 2, 5] and index.split_sources == {"train": "given", "val": "made", "test": "given"}
+    assert counts(index) == [13, 2, 5]
+    assert index.split_sources == {"train": "given", "val": "made", "test": "given"}
     assert {i.path for i in index.images if i.split == "test"} == {f"JPEGImages/{s}.png" for s in stems[15:]}
 
 
@@ -403,7 +426,9 @@ def test_voc_entries_without_files(tmp_path: Path) -> None:
     (tmp_path / "Annotations/b.xml").unlink()
     (tmp_path / "JPEGImages/d.png").unlink()
     index = check_dataset(tmp_path, max_problem_share=0.9)
-    assert sorted(kinds(index)) == ["missing-image", "missing-image", "no-label"] and index.left_out == 3 and counts(index) == [1, 1, 1]
+    assert sorted(kinds(index)) == ["missing-image", "missing-image", "no-label"]
+    assert index.left_out == 3
+    assert counts(index) == [1, 1, 1]
 
 
 def test_voc_beside_images_in_split_folders(tmp_path: Path) -> None:
@@ -437,7 +462,8 @@ def test_voc_broken_xml(tmp_path: Path, text: str) -> None:
 
 def test_missing_path(tmp_path: Path) -> None:
     error = refused(tmp_path / "gone")
-    assert error.code == ExitCode.NOT_FOUND and "gone" in error.message
+    assert error.code == ExitCode.NOT_FOUND
+    assert "gone" in error.message
 
 
 def test_nothing_there_says_what_was_looked_for(tmp_path: Path) -> None:
@@ -445,7 +471,9 @@ def test_nothing_there_says_what_was_looked_for(tmp_path: Path) -> None:
     draw(tmp_path / "pictures/a.png")
     label(tmp_path / "notes.md", "text")
     error = refused(tmp_path)
-    assert "notes.md, pictures/" in error.message and "data.yaml" in error.hint and "Annotations/*.xml" in error.hint
+    assert "notes.md, pictures/" in error.message
+    assert "data.yaml" in error.hint
+    assert "Annotations/*.xml" in error.hint
     assert error.code == ExitCode.DATA
 
 
@@ -453,7 +481,8 @@ def test_two_formats_are_ambiguous(tmp_path: Path) -> None:
     config(yolo(tmp_path, "images/{split}"), train="images/train", val="images/val", test="images/test")
     coco(tmp_path / "annotations/instances_train.json", ["a.png"])
     error = refused(tmp_path)
-    assert "yolo (data.yaml)" in error.message and "coco (instances_train.json)" in error.message
+    assert "yolo (data.yaml)" in error.message
+    assert "coco (instances_train.json)" in error.message
     assert counts(check_dataset(tmp_path / "data.yaml")) == [2, 2, 2]
 
 
@@ -462,7 +491,8 @@ def test_one_nested_folder(tmp_path: Path) -> None:
     (tmp_path / "cells v1" / "__MACOSX" / "images").mkdir(parents=True)
     label(tmp_path / "cells v1" / "README.md", "text")
     index = check_dataset(tmp_path / "cells v1")
-    assert index.name == "cells v1" and index.root.endswith("export")
+    assert index.name == "cells v1"
+    assert index.root.endswith("export")
 
 
 def test_other_files_are_no_dataset(tmp_path: Path) -> None:
@@ -476,7 +506,8 @@ def test_hidden_files_and_links_in_circles(tmp_path: Path) -> None:
     label(tmp_path / "images/train/__MACOSX/x.png", "resource fork")
     (tmp_path / "images/train/again").symlink_to(tmp_path / "images/train")
     index = check_dataset(tmp_path)
-    assert counts(index) == [2, 2, 2] and index.problems == ()
+    assert counts(index) == [2, 2, 2]
+    assert index.problems == ()
 
 
 def test_name_that_is_not_utf8(tmp_path: Path) -> None:

@@ -23,8 +23,11 @@ def digests(folder: Path) -> dict[str, str]:
 def test_is_a_dataset(tmp_path: Path) -> None:
     index = check_dataset(write_shapes(tmp_path / "shapes", train=60, val=10, test=8))
     assert [index.count(split) for split in ("train", "val", "test")] == [60, 10, 8]
-    assert index.classes == ("circle", "square", "triangle") and index.problems == () and index.notes == ()
-    assert min(index.box_counts("train")) > 10 and {(i.width, i.height) for i in index.images} == {(96, 96)}
+    assert index.classes == ("circle", "square", "triangle")
+    assert index.problems == ()
+    assert index.notes == ()
+    assert min(index.box_counts("train")) > 10
+    assert {(i.width, i.height) for i in index.images} == {(96, 96)}
     assert {len(image.boxes) for image in index.images} == {1, 2, 3}
 
 
@@ -76,7 +79,9 @@ def test_other_content_is_left_alone(tmp_path: Path) -> None:
     before = digests(folder)
     with pytest.raises(TrainerError) as caught:
         write_shapes(folder, train=3, val=1, test=1)
-    assert caught.value.code == ExitCode.CONFIG and caught.value.hint and digests(folder) == before
+    assert caught.value.code == ExitCode.CONFIG
+    assert caught.value.hint
+    assert digests(folder) == before
     assert [p.name for p in tmp_path.iterdir()] == ["shapes"]
 
 
@@ -84,4 +89,5 @@ def test_other_content_is_left_alone(tmp_path: Path) -> None:
 def test_impossible_requests(tmp_path: Path, request_: dict[str, Any]) -> None:
     with pytest.raises(TrainerError) as caught:
         write_shapes(tmp_path / "shapes", **request_)
-    assert caught.value.code == ExitCode.CONFIG and not (tmp_path / "shapes").exists()
+    assert caught.value.code == ExitCode.CONFIG
+    assert not (tmp_path / "shapes").exists()

@@ -187,7 +187,7 @@ class YoloDetection:
 
         if not images:
             return []
-        yolo = YOLO(str(model))
+        yolo: Any = YOLO(str(model))
         found: list[list[Box]] = []
         for path in images:
             self._context.stopper.check()
@@ -221,7 +221,7 @@ def best_confidence(box: Any) -> float:
 
 def describe_classes(validator: DetectionValidator, names: list[str]) -> list[dict[str, Any]]:
     """One row per class of the dataset; figures are None for a class that the split does not show."""
-    metrics = validator.metrics
+    metrics: Any = validator.metrics
     rows = {int(index): position for position, index in enumerate(metrics.ap_class_index)}
     described: list[dict[str, Any]] = []
     for index, name in enumerate(names):

@@ -31,6 +31,7 @@ FIELDS = {
     "task": "task",
     "augmentations": "augmentations",
 }
+# fmt: off
 OWNED = frozenset(
     {
         "mode", "data", "project", "name", "exist_ok", "resume", "save", "save_period", "save_dir", "plots", "verbose",
@@ -47,6 +48,7 @@ FOREIGN = frozenset(
         "erasing", "quantize", "distill_model", "dis",
     }
 )
+# fmt: on
 
 
 def config_error(message: str, hint: str = "") -> TrainerError:

@@ -101,6 +101,7 @@ class TrainingCallbacks:
         if self._start is None:
             return
         verify_resumed(trainer, self._start)
+        reseed(trainer, self._start.record.epoch)
         if self._best is not None and self._best.sha256 != self._start.record.best_sha256:
             # The best epoch's weights are lost: from here on the best is the checkpoint that takes its place.
             trainer.best_fitness = trainer.stopper.best_fitness = fitness_of(self._start.path)
@@ -168,6 +169,7 @@ class TrainingCallbacks:
 
     def _describe_step(self, trainer: DetectionTrainer) -> dict[str, Any]:
         clock, steps = self._clock, len(trainer.train_loader)
+        assert trainer.optimizer is not None
         images = min(clock.step * trainer.batch_size, len(trainer.train_loader.dataset))
         remaining = trainer.epochs - trainer.epoch - clock.step / max(steps, 1)
         return {
@@ -205,6 +207,25 @@ def optimizer_steps(state: dict[Any, dict[str, Any]]) -> dict[Any, int]:
     return {key: int(value.get("step", 0)) for key, value in state.items()}
 
 
+def reseed(trainer: DetectionTrainer, epoch: int) -> None:
+    """Gives the epochs after a resume random numbers of their own.
+
+    Checkpoints hold no generator state: Ultralytics would shuffle and augment as it did from epoch 1 on.
+    """
+    import random
+
+    import numpy as np
+    import torch
+
+    seed = trainer.args.seed + 7919 * epoch
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    loader = trainer.train_loader
+    loader.generator.manual_seed(seed)
+    loader.reset()
+
+
 def verify_resumed(trainer: DetectionTrainer, start: Checkpoint) -> None:
     """Raises TrainerError where Ultralytics did not take over the checkpoint's epoch, optimizer or average of the weights."""
     import torch
@@ -212,6 +233,7 @@ def verify_resumed(trainer: DetectionTrainer, start: Checkpoint) -> None:
     if trainer.start_epoch != start.record.epoch:
         raise _not_resumed(f"it starts at epoch {trainer.start_epoch + 1}, not at {start.record.epoch + 1}")
     state = torch.load(start.path, map_location="cpu", weights_only=False)  # our own file: its hash was compared
+    assert trainer.optimizer is not None
     saved, loaded = optimizer_steps(state["optimizer"]["state"]), optimizer_steps(trainer.optimizer.state_dict()["state"])
     if saved != loaded:
         raise _not_resumed(f"the optimizer holds the state of {len(loaded)} parameters, the checkpoint of {len(saved)}")

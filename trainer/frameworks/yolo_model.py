@@ -28,11 +28,16 @@ _OTHER_TASKS = re.compile(r"-(cls|obb|pose|seg|sem|depth)\b|rtdetr|yoloe|world")
 # --- The process's environment -------------------------------------------------------------------
 
 
-def import_ultralytics(config_dir: Path) -> None:
+def cache_dir() -> Path:
+    home = os.environ.get(ENV_HOME)
+    return (Path(home) if home else Path.home() / "trainyard") / "cache"
+
+
+def import_ultralytics(fallback_dir: Path) -> None:
     """Imports torch and Ultralytics so that neither looks up a host, now or later.
 
-    Its settings go to `config_dir` unless the process imported Ultralytics before; then they are
-    changed in memory only, because the file may be the user's own.
+    Its settings live in this machine's cache, or in `fallback_dir` where that cannot be written. A process
+    that imported Ultralytics before keeps its own; they are changed in memory only.
     """
     is_ours = "ultralytics" not in sys.modules
     os.environ["YOLO_OFFLINE"] = "true"
@@ -41,13 +46,23 @@ def import_ultralytics(config_dir: Path) -> None:
     # With a key and a project name, Ultralytics sends every training to its platform.
     os.environ.pop("ULTRALYTICS_API_KEY", None)
     if is_ours:
-        config_dir.mkdir(parents=True, exist_ok=True)
-        os.environ["YOLO_CONFIG_DIR"] = str(config_dir)
+        os.environ["YOLO_CONFIG_DIR"] = str(_writable(cache_dir() / "ultralytics", fallback_dir))
     from ultralytics.utils import SETTINGS, USER_CONFIG_DIR
 
     quiet = {"sync": False, "api_key": "", "vscode_msg": False, **dict.fromkeys(INTEGRATIONS, False)}
     dict.update(SETTINGS, quiet)
     _place_fonts(Path(USER_CONFIG_DIR))
+
+
+def _writable(folder: Path, fallback: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = fallback
+    if not os.access(folder, os.W_OK):
+        folder = fallback
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _place_fonts(folder: Path) -> None:
@@ -57,9 +72,8 @@ def _place_fonts(folder: Path) -> None:
     if not missing or spec is None or spec.origin is None:
         return
     font = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
-    folder.mkdir(parents=True, exist_ok=True)
     for name in missing:
-        shutil.copyfile(font, folder / name)
+        write_atomic(folder / name, font.read_bytes())  # another fit may be reading the folder
 
 
 # --- Architectures ---------------------------------------------------------------------------------
@@ -84,7 +98,7 @@ def list_models() -> dict[str, tuple[Path, str]]:
 
     models: dict[str, tuple[Path, str]] = {}
     for stem, file in list_families().items():
-        scales = YAML.load(file).get("scales") or {}
+        scales = YAML.load(str(file)).get("scales") or {}
         if not scales:
             models[stem] = (file, "")
             continue
@@ -110,13 +124,13 @@ def resolve_model(model: str, folder: Path) -> Path:
     from ultralytics.utils import YAML
 
     file, scale = known[model]
-    document = {key: value for key, value in YAML.load(file).items() if key != "yaml_file"}
+    document = {key: value for key, value in YAML.load(str(file)).items() if key != "yaml_file"}
     if scale == PICO:
         document["scales"] = {PICO: PICO_SCALE}
     # Ultralytics reads the scale from the file's name, and finds none in a pico's: then it takes the first, the only one.
     target = folder / f"{model}.yaml"
     folder.mkdir(parents=True, exist_ok=True)
-    YAML.save(target, document)
+    YAML.save(str(target), document)
     return target
 
 
@@ -136,11 +150,6 @@ def _check_model_file(path: Path) -> Path:
 
 
 # --- Weights -----------------------------------------------------------------------------------------
-
-
-def weights_cache() -> Path:
-    home = os.environ.get(ENV_HOME)
-    return (Path(home) if home else Path.home() / "trainyard") / "cache" / "weights"
 
 
 def resolve_weights(weights: str) -> Path:
@@ -165,7 +174,7 @@ def resolve_weights(weights: str) -> Path:
     if weights not in published:
         message = unknown_name_message("weights", weights, published)
         raise TrainerError(message, hint="give a published name or the path of a local file", code=ExitCode.CONFIG)
-    cached = weights_cache() / weights
+    cached = cache_dir() / "weights" / weights
     if not cached.is_file():
         download_weights(weights, cached)
     return cached
