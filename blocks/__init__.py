@@ -16,7 +16,7 @@ PROVIDERS: dict[str, str] = {
 }
 
 
-def load_provider(name: str, settings: dict[str, Any] | None = None) -> Provider:
+def load_provider(name: str, settings: dict[str, Any] | None = None) -> Provider[Any]:
     """The provider `name` with `settings` (its own defaults where None). Raises ConfigError for an unknown name or setting."""
     from blocks.errors import ConfigError
 

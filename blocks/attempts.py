@@ -99,7 +99,9 @@ def result_of(record: RunRecord, step: Step) -> Result:
     if outcome.state is JobState.CANCELLED:
         asked = record.cancel_request()
         who = f" by {asked.asked_by}" if asked else ""
-        raise RunCancelled(f"run {record.run_id} was cancelled{who} after epoch {outcome.epoch}", hint=f"`trainyard resume {record.run_id}`")
+        raise RunCancelled(
+            f"run {record.run_id} was cancelled{who} after epoch {outcome.epoch}", hint=f"`trainyard resume {record.run_id}`"
+        )
     reason = outcome.reason or FailureReason.UNKNOWN
     tried = f" ({step.why})" if step.why else ""
     raise JobFailed(
@@ -108,5 +110,3 @@ def result_of(record: RunRecord, step: Step) -> Result:
         run_id=record.run_id,
         hint=outcome.hint or f"`trainyard logs {record.run_id}` shows what it did",
     )
-
-

@@ -1,24 +1,24 @@
 """The errors that callers meet. SDK exceptions never leave a provider's file; causes are chained.
 
-    TrainyardError (trainer.contract)
-    ├── TrainerError                the trainer's side: data, config, machine
-    ├── RunNotFound                 no such run, or several begin so
-    ├── RunCancelled                the run was stopped because somebody asked
-    ├── MissingExtra                an optional dependency is not installed
-    └── ProviderError               named by what the caller should do next
-        ├── TerminalError           the same call will fail again
-        │   ├── ConfigError         mend the request or the profile
-        │   ├── AuthError           mend the credentials
-        │   ├── QuotaError          raise the limit, or free what uses it
-        │   ├── PlanChanged         another request lies under the same run and attempt
-        │   ├── JobNotFound         the provider no longer knows the job
-        │   ├── JobFailed           the job ended without success; carries the reason
-        │   ├── ResultMissing       ended as a success, but no verified result
-        │   └── BudgetExceeded      would cost, or has cost, more than allowed
-        └── TransientError          the same call may succeed later: the only kind that is retried
-            ├── RateLimited
-            ├── CapacityError
-            └── ServiceUnavailable
+TrainyardError (trainer.contract)
+├── TrainerError                the trainer's side: data, config, machine
+├── RunNotFound                 no such run, or several begin so
+├── RunCancelled                the run was stopped because somebody asked
+├── MissingExtra                an optional dependency is not installed
+└── ProviderError               named by what the caller should do next
+    ├── TerminalError           the same call will fail again
+    │   ├── ConfigError         mend the request or the profile
+    │   ├── AuthError           mend the credentials
+    │   ├── QuotaError          raise the limit, or free what uses it
+    │   ├── PlanChanged         another request lies under the same run and attempt
+    │   ├── JobNotFound         the provider no longer knows the job
+    │   ├── JobFailed           the job ended without success; carries the reason
+    │   ├── ResultMissing       ended as a success, but no verified result
+    │   └── BudgetExceeded      would cost, or has cost, more than allowed
+    └── TransientError          the same call may succeed later: the only kind that is retried
+        ├── RateLimited
+        ├── CapacityError
+        └── ServiceUnavailable
 """
 
 from __future__ import annotations

@@ -45,15 +45,15 @@ class JobState(StrEnum):
 class Resources(UserInput):
     """What a job needs of a machine. Empty fields are chosen by the provider."""
 
-    accelerator: str | None = Field(None, description="GPU model such as T4, L4, A100-80GB. Empty: what the profile offers.")
-    accelerator_count: int = Field(0, ge=0, le=16, description="GPUs per node.")
-    cpus: float | None = Field(None, gt=0, description="CPU cores per node.")
-    memory_gib: float | None = Field(None, gt=0, description="Memory per node in GiB.")
-    disk_gib: float | None = Field(None, gt=0, description="Disk per node in GiB.")
-    nodes: int = Field(1, ge=1, le=64, description="Machines that train together.")
-    spot: bool = Field(False, description="Use cheaper machines that may be taken away.")
-    region: str | None = Field(None, description="Region. Empty: the profile's.")
-    instance_type: str | None = Field(None, description="The provider's own machine name; overrides the fields above.")
+    accelerator: str | None = Field(default=None, description="GPU model such as T4, L4, A100-80GB. Empty: what the profile offers.")
+    accelerator_count: int = Field(default=0, ge=0, le=16, description="GPUs per node.")
+    cpus: float | None = Field(default=None, gt=0, description="CPU cores per node.")
+    memory_gib: float | None = Field(default=None, gt=0, description="Memory per node in GiB.")
+    disk_gib: float | None = Field(default=None, gt=0, description="Disk per node in GiB.")
+    nodes: int = Field(default=1, ge=1, le=64, description="Machines that train together.")
+    spot: bool = Field(default=False, description="Use cheaper machines that may be taken away.")
+    region: str | None = Field(default=None, description="Region. Empty: the profile's.")
+    instance_type: str | None = Field(default=None, description="The provider's own machine name; overrides the fields above.")
 
 
 class TrainRequest(UserInput):
@@ -64,27 +64,27 @@ class TrainRequest(UserInput):
     config: TrainConfig = Field(default_factory=TrainConfig)
     split: SplitConfig = Field(default_factory=SplitConfig)
     resources: Resources = Field(default_factory=Resources)
-    max_problem_share: float = Field(0.05, ge=0, le=1)
-    max_runtime_seconds: int = Field(86_400, ge=60, le=28 * 86_400)
-    max_cost_usd: float | None = Field(None, gt=0)
-    max_attempts: int = Field(3, ge=1, le=10)
+    max_problem_share: float = Field(default=0.05, ge=0, le=1)
+    max_runtime_seconds: int = Field(default=86_400, ge=60, le=28 * 86_400)
+    max_cost_usd: float | None = Field(default=None, gt=0)
+    max_attempts: int = Field(default=3, ge=1, le=10)
     output: str | None = None
-    name: str | None = Field(None, max_length=63)
-    project: str | None = Field(None, max_length=63)
-    cost_centre: str | None = Field(None, max_length=63)
+    name: str | None = Field(default=None, max_length=63)
+    project: str | None = Field(default=None, max_length=63)
+    cost_centre: str | None = Field(default=None, max_length=63)
 
 
 class JobSpec(UserInput):
     """One attempt of a run, complete: a provider needs nothing else to write its request."""
 
     run_id: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
-    attempt: int = Field(1, ge=1)
+    attempt: int = Field(default=1, ge=1)
     name: str
     config: TrainConfig
     dataset: DatasetRef
     resources: Resources = Field(default_factory=Resources)
     output_uri: str
-    image: str | None = Field(None, description="Container image by digest; None for a draft, or where no container runs.")
+    image: str | None = Field(default=None, description="Container image by digest; None for a draft, or where no container runs.")
     secrets: dict[str, str] = Field(default_factory=dict, description="Name to reference in the provider's secret store; never a value.")
     max_runtime_seconds: int
     max_cost_usd: float | None = None
@@ -120,7 +120,7 @@ class Plan(StoredRecord):
     region: str
     request: dict[str, JsonValue]
     price: Price | None = None
-    worst_case_usd: float | None = Field(None, description="Price times nodes times the maximum run time.")
+    worst_case_usd: float | None = Field(default=None, description="Price times nodes times the maximum run time.")
     fingerprint: str
     warnings: tuple[str, ...] = ()
 
@@ -132,7 +132,7 @@ class JobRef(StoredRecord):
     native_id: str
     run_id: str
     attempt: int
-    scope: str = Field("", description="Region, project or namespace; the host for local jobs.")
+    scope: str = Field(default="", description="Region, project or namespace; the host for local jobs.")
     output_uri: str = Field(description="The attempt's folder.")
     fingerprint: str
     submitted_at: AwareDatetime = Field(default_factory=utc_now)
@@ -183,7 +183,7 @@ class CheckLine(StoredRecord):
     name: str
     ok: bool
     message: str
-    fix: str = Field("", description="The command or step that mends it.")
+    fix: str = Field(default="", description="The command or step that mends it.")
 
 
 class CheckReport(StoredRecord):

@@ -6,7 +6,7 @@ A flow names a profile; `local` resolves in code, so that a first training needs
 from __future__ import annotations
 
 import asyncio
-from typing import Any, ClassVar
+from typing import Any
 
 from prefect.blocks.core import Block
 from pydantic import ConfigDict, Field
@@ -19,9 +19,9 @@ from blocks.provider import Provider
 class LocalProfile(Block):
     """Train on the machine where the Prefect worker runs."""
 
-    _block_type_name: ClassVar[str] = "Trainyard Local"
-    _block_type_slug: ClassVar[str] = "trainyard-local"
-    _description: ClassVar[str] = "Trains on the machine where the flow runs."
+    _block_type_name = "Trainyard Local"
+    _block_type_slug = "trainyard-local"
+    _description = "Trains on the machine where the flow runs."
     model_config = ConfigDict(extra="forbid")
 
     # Prefect refuses a block whose fields all have defaults as a flow parameter; one is required.

@@ -8,7 +8,7 @@ provider writes `settings`, `CAPABILITIES`, a pure `build_request` and `parse_st
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -219,7 +219,7 @@ class Provider(ABC, Generic[Settings]):
         return None
 
     @contextmanager
-    def _translated(self, run_id: str = "") -> Iterator[None]:
+    def _translated(self, run_id: str = "") -> Generator[None]:
         try:
             yield
         except (ProviderError, AlreadyExists):

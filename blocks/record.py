@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import AwareDatetime, Field, JsonValue
 
@@ -236,13 +237,17 @@ def request_hash(request: TrainRequest) -> str:
     return fingerprint(request.model_dump(mode="json", exclude={"name"}))
 
 
-def describe_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
     """The fields in which two requests differ, as `field: old -> new`."""
     parts: list[str] = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            parts += [describe_difference(before, after, f"{prefix}{key}.")] if before != after else []
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            parts += (
+                [describe_difference(cast("Mapping[str, Any]", before), cast("Mapping[str, Any]", after), f"{prefix}{key}.")]
+                if before != after
+                else []
+            )
         elif before != after:
             parts.append(f"{prefix}{key}: {before!r} -> {after!r}")
     return "; ".join(parts)

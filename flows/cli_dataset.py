@@ -27,7 +27,9 @@ def dataset() -> None:
 @click.argument("path")
 @click.option("--task", type=click.Choice([task.value for task in Task]), default=Task.OBJECT_DETECTION.value, show_default=True)
 @click.option("--split-by", help=r"Pattern in the file name that groups images, e.g. '^(cam\d+_\d+)'.")
-@click.option("--max-problem-share", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Refuse above this share of broken images.")
+@click.option(
+    "--max-problem-share", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Refuse above this share of broken images."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def check(path: str, task: str, split_by: str | None, max_problem_share: float, as_json: bool) -> None:
     """Read the dataset at PATH (YOLO, COCO JSON or Pascal VOC), list its problems, refuse it where a training would."""

@@ -1,4 +1,7 @@
-"""`trainyard runs | status | logs | cancel | check`: from the record and the provider. No Prefect server, no Prefect import but for saved profiles."""
+"""`trainyard runs | status | logs | cancel | check`: from the record and the provider.
+
+No Prefect server, and no import of Prefect but to check a saved profile.
+"""
 
 from __future__ import annotations
 
@@ -174,13 +177,16 @@ def cancel(run: str, why: str, as_json: bool) -> None:
     provider.cancel(ref)
     seen = wait_until_over(provider, ref)
     if not seen.state.is_terminal:
-        click.echo(f"asked; run {record.run_id} is still {seen.state.value}: `trainyard status {record.run_id}` tells when it is over", err=True)
+        click.echo(
+            f"asked; run {record.run_id} is still {seen.state.value}: `trainyard status {record.run_id}` tells when it is over", err=True
+        )
         raise SystemExit(int(ExitCode.UNAVAILABLE))
     outcome = close(provider, record, ref, seen)
     if as_json:
         click.echo(json.dumps(summarize(record)))
     else:
-        click.echo(f"run {record.run_id} is {outcome.state.value}, after epoch {outcome.epoch}; receipt in {record.attempt_uri(ref.attempt)}/receipt.json")
+        click.echo(f"run {record.run_id} is {outcome.state.value}, after epoch {outcome.epoch}")
+        click.echo(f"  receipt  {record.attempt_uri(ref.attempt)}/receipt.json")
 
 
 def wait_until_over(provider: Provider[Any], ref: JobRef) -> JobStatus:
@@ -213,6 +219,9 @@ def check(profile: str, as_json: bool) -> None:
         click.echo(json.dumps({"valid": report.ok, "message": message, "details": details}))
     else:
         for line in report.lines:
-            click.echo(f"{'ok     ' if line.ok else 'PROBLEM'} {line.name:10} {line.message}" + (f"\n        fix: {line.fix}" if not line.ok else ""))
+            click.echo(
+                f"{'ok     ' if line.ok else 'PROBLEM'} {line.name:10} {line.message}"
+                + (f"\n        fix: {line.fix}" if not line.ok else "")
+            )
     if not report.ok:
         raise SystemExit(int(ExitCode.CONFIG))

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import yaml
@@ -24,7 +24,17 @@ from trainer.contract import AttemptLayout, RunLayout, SplitConfig, TrainConfig,
 from trainer.storage import to_path
 
 # Fields of the request that have an option of their own; the others are set in a YAML file.
-REQUEST_OPTIONS = ("profile", "max_problem_share", "max_runtime_seconds", "max_cost_usd", "max_attempts", "output", "name", "project", "cost_centre")
+REQUEST_OPTIONS = (
+    "profile",
+    "max_problem_share",
+    "max_runtime_seconds",
+    "max_cost_usd",
+    "max_attempts",
+    "output",
+    "name",
+    "project",
+    "cost_centre",
+)
 DEMO = {
     "config": {
         "model": "yolo11-pico",
@@ -49,7 +59,11 @@ def _add_options(model: type[BaseModel], names: list[str], prefix: str = "") -> 
         for name in reversed(names):
             field = model.model_fields[name]
             flag = f"--{prefix}{name}".replace("_", "-")
-            default = "" if field.default in (None, "") or field.is_required() else f"  [default: {getattr(field.default, 'value', field.default)}]"
+            default = (
+                ""
+                if field.default in (None, "") or field.is_required()
+                else f"  [default: {getattr(field.default, 'value', field.default)}]"
+            )
             function = click.option(flag, f"{prefix}{name}", metavar="VALUE", help=(field.description or "") + default)(function)
         return function
 
@@ -58,7 +72,9 @@ def _add_options(model: type[BaseModel], names: list[str], prefix: str = "") -> 
 
 def request_options(function: Callable[..., Any]) -> Callable[..., Any]:
     config_names = [name for name in TrainConfig.model_fields if name != "model_params"]
-    function = click.option("--model-param", "model_param", multiple=True, metavar="KEY=VALUE", help="A setting by the framework's own name.")(function)
+    function = click.option(
+        "--model-param", "model_param", multiple=True, metavar="KEY=VALUE", help="A setting by the framework's own name."
+    )(function)
     function = _add_options(TrainRequest, list(REQUEST_OPTIONS))(function)
     function = _add_options(SplitConfig, list(SplitConfig.model_fields), "split_")(function)
     function = _add_options(TrainConfig, config_names)(function)
@@ -94,11 +110,12 @@ def build_request(dataset: str, options: dict[str, Any]) -> TrainRequest:
 def read_request_file(path: str) -> dict[str, Any]:
     """The fields of a YAML file: those of the request, and those of the config at the top level or under `config`."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        loaded = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as exc:
         raise ConfigError(f"cannot read {path}: {exc}", hint="give a YAML file with fields such as `epochs: 30`") from exc
-    if not isinstance(values, dict):
+    if not isinstance(loaded, dict):
         raise ConfigError(f"{path} holds no fields", hint="write one per line, such as `epochs: 30`")
+    values = cast("dict[str, Any]", loaded)
     known = [*TrainRequest.model_fields, *TrainConfig.model_fields]
     for name in values:
         if name not in known:
@@ -170,7 +187,9 @@ def plan(dataset: str, emit: bool, as_json: bool, **options: Any) -> None:
         click.echo(f"dataset   {index.name} ({index.format.value}), {len(index.images)} images, version {index.version[:12]}")
         click.echo(f"provider  {drafted.provider}, {drafted.instance_type}, {drafted.region}")
         price = f"${drafted.price.usd_per_hour}/h ({drafted.price.source}, {drafted.price.as_of})" if drafted.price else "unknown"
-        click.echo(f"price     {price}; at worst {format_cost(drafted.worst_case_usd)} in {format_seconds(drafted.spec.max_runtime_seconds)}")
+        click.echo(
+            f"price     {price}; at worst {format_cost(drafted.worst_case_usd)} in {format_seconds(drafted.spec.max_runtime_seconds)}"
+        )
         click.echo(f"request   {canonical_json(drafted.request)[:300]} ...  (--emit shows all)")
         for warning in drafted.warnings:
             click.echo(f"warning   {warning}")
@@ -186,7 +205,9 @@ def resume(run: str, as_json: bool) -> None:
     step = next_step_of(record, max_attempts=1)
     outcome = record.outcome(step.attempt) if step.action is Action.DONE else None
     if outcome is not None and outcome.result is not None:
-        raise ConfigError(f"run {record.run_id} succeeded; there is nothing to go on with", hint="start a new run with --weights and its model.pt")
+        raise ConfigError(
+            f"run {record.run_id} succeeded; there is nothing to go on with", hint="start a new run with --weights and its model.pt"
+        )
     request = TrainRequest.model_validate(stored.request)
     run_and_print(request, as_json, run_id=record.run_id, resume=True)
 
@@ -219,7 +240,9 @@ def find_open_run(request: TrainRequest) -> str | None:
     return None
 
 
-def run_and_print(request: TrainRequest, as_json: bool, *, run_id: str | None = None, run_key: str | None = None, resume: bool = False) -> None:
+def run_and_print(
+    request: TrainRequest, as_json: bool, *, run_id: str | None = None, run_key: str | None = None, resume: bool = False
+) -> None:
     prefect_settings.apply_defaults()
     display = TrainingDisplay()
     display.say("loading Prefect ...")
@@ -231,7 +254,8 @@ def run_and_print(request: TrainRequest, as_json: bool, *, run_id: str | None = 
     LISTENER.set(display.on_status)
     with display:
         try:
-            summary = train(**parameters, run_id=run_id, run_key=run_key, resume=resume)
+            # Prefect types a call as if it could return a state; with return_state unset it cannot.
+            summary = cast("dict[str, Any]", train(**parameters, run_id=run_id, run_key=run_key, resume=resume))
         except KeyboardInterrupt:
             tell_detached(display.record)
             raise
@@ -243,7 +267,12 @@ def run_and_print(request: TrainRequest, as_json: bool, *, run_id: str | None = 
 
 def tell_detached(record: RunRecord | None) -> None:
     if record is not None:
-        click.echo(f"\nstopped watching; the training goes on.\n  again:  trainyard logs -f {record.run_id}\n  stop:   trainyard cancel {record.run_id}", err=True)
+        click.echo(
+            "\nstopped watching; the training goes on.\n"
+            f"  again:  trainyard logs -f {record.run_id}\n"
+            f"  stop:   trainyard cancel {record.run_id}",
+            err=True,
+        )
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -257,5 +286,3 @@ def print_summary(summary: dict[str, Any]) -> None:
     if picture.exists():
         click.echo(f"  picture  {picture}")
     click.echo(f"  cost     {format_cost(summary['cost_usd'])}")
-
-

@@ -30,7 +30,12 @@ class TrainingDisplay:
         self.bar: Progress | None = None
         self.task: TaskID | None = None
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TimeElapsedColumn(),
+            )
             self.bar = Progress(*columns, TextColumn("{task.fields[detail]}"), console=self.console, transient=True)
 
     def __enter__(self) -> Self:

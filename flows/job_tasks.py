@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger, task
-from prefect.client.schemas.objects import TaskRun
-from prefect.states import State
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import exponential_backoff
 
 from blocks.attempts import close
@@ -43,7 +42,7 @@ RETRIES: dict[str, Any] = {
 
 
 @task(name="open run", **RETRIES)
-def open_run(request: TrainRequest, run_id: str, provider: Provider, output_uri: str, flow_run_id: str) -> RunFile:
+def open_run(request: TrainRequest, run_id: str, provider: Provider[Any], output_uri: str, flow_run_id: str) -> RunFile:
     """The run's record: created, or found and held against this request."""
     record = RunRecord(output_uri, run_id)
     remember_output(record.output_uri)
@@ -63,7 +62,7 @@ def open_run(request: TrainRequest, run_id: str, provider: Provider, output_uri:
 
 
 @task(name="check provider", **RETRIES)
-def check_provider(provider: Provider) -> None:
+def check_provider(provider: Provider[Any]) -> None:
     """Refuses before anything is staged where the provider cannot train. Raises ConfigError with every line that is not ok."""
     report = provider.check()
     for line in report.lines:
@@ -108,7 +107,7 @@ def log_dataset(index: DatasetIndex) -> None:
 
 
 @task(name="plan", **RETRIES)
-def make_plan(provider: Provider, record: RunRecord, spec: JobSpec) -> Plan:
+def make_plan(provider: Provider[Any], record: RunRecord, spec: JobSpec) -> Plan:
     """The attempt's plan, written before anything is submitted; another submitter's if that one was first."""
     plan = provider.plan(spec)
     for warning in plan.warnings:
@@ -117,7 +116,7 @@ def make_plan(provider: Provider, record: RunRecord, spec: JobSpec) -> Plan:
 
 
 @task(name="submit", **RETRIES)
-def submit_job(provider: Provider, record: RunRecord, plan: Plan) -> JobRef:
+def submit_job(provider: Provider[Any], record: RunRecord, plan: Plan) -> JobRef:
     """The attempt's job: the recorded one, or found or created from the stored plan."""
     ref = record.ref(plan.spec.attempt)
     if ref is None:
@@ -129,7 +128,7 @@ def submit_job(provider: Provider, record: RunRecord, plan: Plan) -> JobRef:
 
 
 @task(name="watch", **RETRIES)
-def watch_job(provider: Provider, record: RunRecord, plan: Plan, ref: JobRef, listener: Listener) -> JobStatus:
+def watch_job(provider: Provider[Any], record: RunRecord, plan: Plan, ref: JobRef, listener: Listener) -> JobStatus:
     """The job's last status. A job that the provider no longer knows is lost, never a reason to create another under its key."""
     reporter = ProgressReporter(record.run_id, get_run_logger())
 
@@ -144,6 +143,6 @@ def watch_job(provider: Provider, record: RunRecord, plan: Plan, ref: JobRef, li
 
 
 @task(name="collect", **RETRIES)
-def close_attempt(provider: Provider, record: RunRecord, ref: JobRef, status: JobStatus) -> Outcome:
+def close_attempt(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobStatus) -> Outcome:
     """Collects the result of a job that is over and writes down how the attempt ended."""
     return close(provider, record, ref, status)

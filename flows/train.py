@@ -10,10 +10,9 @@ from contextvars import ContextVar
 from typing import Any
 
 from prefect import flow
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
 from prefect.runtime import flow_run as current_flow_run
-from prefect.states import State
 
 from blocks import load_provider
 from blocks.attempts import Action, Step, next_step_of, result_of
@@ -50,7 +49,7 @@ def name_flow_run() -> str:
     return f"{name}-{run_id[:6]}"
 
 
-def cancel_job(_flow: Flow[..., Any], flow_run: FlowRun, _state: State[Any]) -> None:
+def cancel_job(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Hook: a person cancelled the flow run in the UI. Runs in another process than the flow, so all comes from the record."""
     parameters = flow_run.parameters
     run_id = choose_run_id(parameters.get("run_id"), parameters.get("run_key"), str(flow_run.id))
@@ -66,7 +65,7 @@ def cancel_job(_flow: Flow[..., Any], flow_run: FlowRun, _state: State[Any]) -> 
 
 
 @flow(name="train", flow_run_name=name_flow_run, on_cancellation=[cancel_job], persist_result=False)
-def train(  # noqa: PLR0913 - the parameters are the run form in the Prefect UI
+def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Prefect UI
     dataset: str,
     profile: str = "local",
     config: TrainConfig = TrainConfig(),  # noqa: B008 - frozen

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from typing import Any
 
 from blocks.errors import ServiceUnavailable, TransientError
 from blocks.job import JobRef, JobState, JobStatus
@@ -34,7 +35,7 @@ def next_delay(quiet_polls: int, failed_polls: int, bounds: tuple[float, float],
 
 
 def watch(
-    provider: Provider,
+    provider: Provider[Any],
     ref: JobRef,
     record: RunRecord,
     max_runtime_seconds: float,

@@ -99,7 +99,9 @@ def lose_local_answer() -> Iterator[None]:
 
 def make_local(home: Path) -> Rig:
     provider = local_process.LocalProvider(local_process.LocalSettings(home=home, min_free_gib=0.1, grace_seconds=5))
-    return Rig(provider=provider, home=home, dataset=write_shapes(home / "shapes", train=8, val=4, test=4, size=64), lose_answer=lose_local_answer)
+    return Rig(
+        provider=provider, home=home, dataset=write_shapes(home / "shapes", train=8, val=4, test=4, size=64), lose_answer=lose_local_answer
+    )
 
 
 RIGS: dict[str, Callable[[Path], Rig]] = {"local": make_local}

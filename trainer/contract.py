@@ -11,7 +11,7 @@ import difflib
 from datetime import UTC, datetime
 from enum import IntEnum, StrEnum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
@@ -31,10 +31,10 @@ class UserInput(BaseModel):
     @classmethod
     def _name_unknown_fields(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            for key in value:
+            for key in cast("dict[Any, Any]", value):
                 if key not in cls.model_fields:
                     raise ValueError(unknown_name_message("field", str(key), list(cls.model_fields)))
-        return value
+        return cast("Any", value)
 
 
 class StoredRecord(BaseModel):
@@ -73,25 +73,35 @@ class TrainConfig(UserInput):
     trainer), a local file, or none for random initial values.
     """
 
-    framework: Framework = Field(Framework.YOLO, description="Training framework.")
-    task: Task = Field(Task.OBJECT_DETECTION, description="What the model predicts.")
-    model: str = Field("yolo11n", min_length=1, description="Architecture: yolo11n, yolo26s, yolo11-pico, or a YAML file.")
-    weights: str | None = Field(None, min_length=1, description="Start from these weights: a published name or a file. Empty: from scratch.")
-    epochs: int = Field(100, ge=1, le=10_000, description="Passes over the training split.")
-    batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(16, description="Images per step, or auto (fills the GPU).")
-    image_size: int = Field(640, ge=32, le=4096, multiple_of=32, description="Side of the square input in pixels, a multiple of 32.")
-    learning_rate: float | None = Field(None, gt=0, le=1, description="Initial learning rate. Empty: chosen by the framework.")
+    framework: Framework = Field(default=Framework.YOLO, description="Training framework.")
+    task: Task = Field(default=Task.OBJECT_DETECTION, description="What the model predicts.")
+    model: str = Field(default="yolo11n", min_length=1, description="Architecture: yolo11n, yolo26s, yolo11-pico, or a YAML file.")
+    weights: str | None = Field(
+        default=None, min_length=1, description="Start from these weights: a published name or a file. Empty: from scratch."
+    )
+    epochs: int = Field(default=100, ge=1, le=10_000, description="Passes over the training split.")
+    batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
+        default=16, description="Images per step, or auto (fills the GPU)."
+    )
+    image_size: int = Field(
+        default=640, ge=32, le=4096, multiple_of=32, description="Side of the square input in pixels, a multiple of 32."
+    )
+    learning_rate: float | None = Field(default=None, gt=0, le=1, description="Initial learning rate. Empty: chosen by the framework.")
     optimizer: Literal["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSProp", "MuSGD"] | None = Field(
-        None, description="Optimizer. Empty: AdamW where a learning rate is given, else chosen by the framework."
+        default=None, description="Optimizer. Empty: AdamW where a learning rate is given, else chosen by the framework."
     )
-    workers: int | None = Field(None, ge=0, le=128, description="Data-loading processes. Empty: by the machine's cores.")
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of initial values, shuffling and augmentation.")
-    patience: int | None = Field(None, ge=1, le=10_000, description="Stop after so many epochs without improvement. Empty: never.")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+(,\d+)*)?)$", description="auto, cpu, mps, cuda, cuda:0 or cuda:0,1.")
+    workers: int | None = Field(default=None, ge=0, le=128, description="Data-loading processes. Empty: by the machine's cores.")
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Seed of initial values, shuffling and augmentation.")
+    patience: int | None = Field(default=None, ge=1, le=10_000, description="Stop after so many epochs without improvement. Empty: never.")
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+(,\d+)*)?)$", description="auto, cpu, mps, cuda, cuda:0 or cuda:0,1."
+    )
     augmentations: list[dict[str, JsonValue]] | None = Field(
-        None, description='Albumentations pipeline: [{"transform": "HorizontalFlip", "p": 0.5}, ...]. Empty: the framework\'s own.'
+        default=None, description='Albumentations pipeline: [{"transform": "HorizontalFlip", "p": 0.5}, ...]. Empty: the framework\'s own.'
     )
-    model_params: dict[str, JsonValue] = Field(default_factory=dict, description="Further settings passed to the framework, by its own names.")
+    model_params: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Further settings passed to the framework, by its own names."
+    )
 
 
 class SplitConfig(UserInput):
@@ -101,10 +111,12 @@ class SplitConfig(UserInput):
     is equal stay in one split, because burst photographs leak through a random one.
     """
 
-    by: str | None = Field(None, description=r"Pattern in the file name that groups images, e.g. '^(cam\d+_\d+)'.")
-    val: float = Field(0.1, ge=0, lt=1, description="Share of images for validation where the set has none.")
-    test: float = Field(0.1, ge=0, lt=1, description="Share of images for the test where the set has none. 0: report the validation figure.")
-    seed: int = Field(0, ge=0, description="Seed of the split.")
+    by: str | None = Field(default=None, description=r"Pattern in the file name that groups images, e.g. '^(cam\d+_\d+)'.")
+    val: float = Field(default=0.1, ge=0, lt=1, description="Share of images for validation where the set has none.")
+    test: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of images for the test where the set has none. 0: report the validation figure."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the split.")
 
     @field_validator("by")
     @classmethod
@@ -249,16 +261,16 @@ class Progress(StoredRecord):
 
     attempt: int
     phase: Phase
-    epoch: int = Field(0, description="Finished epochs.")
+    epoch: int = Field(default=0, description="Finished epochs.")
     epochs: int
-    step: int = Field(0, description="Steps done in the epoch that runs.")
-    steps: int = Field(0, description="Steps of an epoch; 0 while unknown.")
+    step: int = Field(default=0, description="Steps done in the epoch that runs.")
+    steps: int = Field(default=0, description="Steps of an epoch; 0 while unknown.")
     metrics: dict[str, float] = Field(default_factory=dict, description="map50 map50_95 precision recall, on the validation split.")
     losses: dict[str, float] = Field(default_factory=dict)
     learning_rate: float | None = None
     images_per_second: float | None = None
-    data_wait_share: float | None = Field(None, description="Share of the training time spent waiting for data, 0 to 1.")
-    memory_gib: float | None = Field(None, description="Resident memory of the fit.")
+    data_wait_share: float | None = Field(default=None, description="Share of the training time spent waiting for data, 0 to 1.")
+    memory_gib: float | None = Field(default=None, description="Resident memory of the fit.")
     gpu_memory_gib: float | None = None
     eta_seconds: float | None = None
     host: str = ""

@@ -347,6 +347,7 @@ def assign_splits(
 ) -> tuple[dict[str, Split], dict[str, SplitSource]]:
     """Split by path, and which splits were given or made. What is missing is made from train; images of no split are train's.
 
+    ``images`` maps the path of each usable image to the hash of its bytes; what a person should know is added to ``notes``.
     Shares are of the images that train has before. Raises TrainerError where no validation split can be made.
     """
     have: set[Split] = {split for split in given.values() if split}

@@ -260,7 +260,7 @@ def kill_group(pid: int) -> None:
 
 
 def read_oom_kills() -> int:
-    """How often the kernel killed for memory, here: this control group's count where there is one, else the machine's (proc(5), cgroups v2)."""
+    """How often the kernel killed for want of memory: in this control group where it counts, else on the machine (proc(5), cgroups v2)."""
     for path, key in ((Path("/sys/fs/cgroup/memory.events"), "oom_kill"), (Path("/proc/vmstat"), "oom_kill")):
         if path.exists():
             for line in path.read_text().splitlines():

@@ -51,10 +51,12 @@ class LocalSettings(UserInput):
     """Settings of the provider `local`."""
 
     home: Path = Field(default_factory=home, description="Folder for runs, locks and the list of jobs.")
-    python: str = Field(sys.executable, description="Interpreter that has the `train` extra.")
-    slots: int = Field(1, ge=1, le=64, description="Trainings at a time on this machine; others wait.")
-    min_free_gib: float = Field(1.0, ge=0, description="Refuse to start with less free disk than this.")
-    grace_seconds: float = Field(8.0, ge=1, le=120, description="Time to save a checkpoint between being asked to stop and being killed.")
+    python: str = Field(default=sys.executable, description="Interpreter that has the `train` extra.")
+    slots: int = Field(default=1, ge=1, le=64, description="Trainings at a time on this machine; others wait.")
+    min_free_gib: float = Field(default=1.0, ge=0, description="Refuse to start with less free disk than this.")
+    grace_seconds: float = Field(
+        default=8.0, ge=1, le=120, description="Time to save a checkpoint between being asked to stop and being killed."
+    )
 
 
 class LocalProvider(Provider[LocalSettings]):
@@ -104,11 +106,15 @@ class LocalProvider(Provider[LocalSettings]):
         problems: list[Problem] = []
         if spec.resources.nodes == 1 and (spec.resources.instance_type or spec.resources.region):
             problems.append(
-                Problem(field="resources", message="this machine has no instance types or regions", hint="leave instance_type and region empty")
+                Problem(
+                    field="resources", message="this machine has no instance types or regions", hint="leave instance_type and region empty"
+                )
             )
         if not spec.output_uri.startswith("file://"):
             problems.append(
-                Problem(field="output", message=f"{spec.output_uri} is not a folder of this machine", hint="give an absolute path as output")
+                Problem(
+                    field="output", message=f"{spec.output_uri} is not a folder of this machine", hint="give an absolute path as output"
+                )
             )
         return tuple(problems)
 
@@ -311,5 +317,3 @@ def launch(argv: list[str], folder: Path) -> str:
 
 def existing_parent(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
-
-

@@ -15,7 +15,7 @@ from tests.rig import RIGS, Rig
 from trainer.contract import AttemptLayout, ResultManifest
 from trainer.storage import to_path
 
-SECRET = "hunter2-very-secret"  # noqa: S105 - planted to be looked for
+SECRET = "hunter2-very-secret"
 
 
 @pytest.fixture(params=sorted(RIGS))
@@ -114,7 +114,9 @@ def test_cancel_early_twice_and_late(rig: Rig) -> None:
 
 def test_unknown_job(rig: Rig) -> None:
     ref = rig.provider.submit(rig.provider.plan(rig.spec("known1", epochs=50)))
-    stranger = ref.model_copy(update={"native_id": "ty-nobody-1", "run_id": "nobody", "output_uri": ref.output_uri.replace("known1", "nobody")})
+    stranger = ref.model_copy(
+        update={"native_id": "ty-nobody-1", "run_id": "nobody", "output_uri": ref.output_uri.replace("known1", "nobody")}
+    )
     rig.provider.cancel(stranger)
     with pytest.raises(JobNotFound):
         rig.provider.poll(stranger)
@@ -137,7 +139,11 @@ def test_job_over_its_time_is_stopped_by_the_provider(rig: Rig) -> None:
 
 def test_all_problems_are_told_at_once(rig: Rig) -> None:
     spec = rig.spec("probl1").model_copy(
-        update={"resources": Resources(nodes=64, spot=not rig.provider.CAPABILITIES.spot), "image": "trainer:latest", "max_runtime_seconds": 10**9}
+        update={
+            "resources": Resources(nodes=64, spot=not rig.provider.CAPABILITIES.spot),
+            "image": "trainer:latest",
+            "max_runtime_seconds": 10**9,
+        }
     )
     fields = {problem.field for problem in rig.provider.validate(spec)}
     assert {"resources.nodes", "max_runtime_seconds", "image"} <= fields

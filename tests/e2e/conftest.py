@@ -74,16 +74,21 @@ class Stack:
     def spawn(self, *argv: str, log: str, cwd: Path | None = None) -> subprocess.Popen[bytes]:
         with (self.folder / log).open("ab") as output:
             return subprocess.Popen(
-                [str(BIN / argv[0]), *argv[1:]], cwd=cwd or self.folder, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                [str(BIN / argv[0]), *argv[1:]],
+                cwd=cwd or self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
 
     def api(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        request = urllib.request.Request(  # noqa: S310 - loopback
+        request = urllib.request.Request(
             f"{self.environment['PREFECT_API_URL']}{path}",
             data=None if body is None else json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
     def start_worker(self) -> subprocess.Popen[bytes]:

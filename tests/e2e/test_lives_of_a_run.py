@@ -111,7 +111,9 @@ def test_killed_command_line_attaches_again(stack: Stack, shapes: Path, tmp_path
     options = [part for name, value in LONG.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     before = set((stack.home / "runs").iterdir()) if (stack.home / "runs").exists() else set()
     with (tmp_path / "first.log").open("wb") as output:
-        first = subprocess.Popen([str(BIN / "trainyard"), "train", str(shapes), *options], cwd=tmp_path, env=stack.environment, stdout=output, stderr=output)
+        first = subprocess.Popen(
+            [str(BIN / "trainyard"), "train", str(shapes), *options], cwd=tmp_path, env=stack.environment, stdout=output, stderr=output
+        )
     try:
         [folder] = wait_for("the run's folder", lambda: set((stack.home / "runs").iterdir()) - before, 120)
         wait_until_training(stack, folder.name)
@@ -133,6 +135,10 @@ def test_cancelled_in_prefect_stops_the_job(stack: Stack, shapes: Path) -> None:
     run_id = run_id_of_flow_run(flow_run_id)
     wait_until_training(stack, run_id)
     stack.api(f"/flow_runs/{flow_run_id}/set_state", {"state": {"type": "CANCELLING"}})
-    record = wait_for("the job ended", lambda: stack.run_file(run_id, "attempts/1/exit.json").exists() and stack.run_file(run_id, "attempts/1/exit.json"), 60)
+    record = wait_for(
+        "the job ended",
+        lambda: stack.run_file(run_id, "attempts/1/exit.json").exists() and stack.run_file(run_id, "attempts/1/exit.json"),
+        60,
+    )
     assert json.loads(record.read_text())["cancelled"]
     assert stack.wait_final(flow_run_id)["state_type"] == "CANCELLED"

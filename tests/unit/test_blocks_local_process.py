@@ -25,7 +25,9 @@ def make_spec(config: dict[str, Any], attempt: int = 1) -> JobSpec:
         attempt=attempt,
         name="bccd-yolo11n",
         config=TrainConfig.model_validate(config),
-        dataset=DatasetRef(root="/data/bccd", index_uri="file:///runs/goldenrun123/dataset.json", version="ab" * 32, name="bccd", image_count=364),
+        dataset=DatasetRef(
+            root="/data/bccd", index_uri="file:///runs/goldenrun123/dataset.json", version="ab" * 32, name="bccd", image_count=364
+        ),
         output_uri="file:///runs",
         max_runtime_seconds=3600,
         owner="tester",

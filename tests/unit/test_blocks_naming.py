@@ -18,7 +18,14 @@ def test_run_ids_are_stable_short_and_not_prefixes() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("BCCD", "bccd"), ("Wärme Bilder_2", "warme-bilder-2"), ("--", "run"), ("日本", "run"), ("a" * 80, "a" * 63), ("x" * 62 + "-y", "x" * 62)],
+    [
+        ("BCCD", "bccd"),
+        ("Wärme Bilder_2", "warme-bilder-2"),
+        ("--", "run"),
+        ("日本", "run"),
+        ("a" * 80, "a" * 63),
+        ("x" * 62 + "-y", "x" * 62),
+    ],
 )
 def test_slug_is_a_dns_label(text: str, expected: str) -> None:
     assert slug(text) == expected

@@ -54,7 +54,9 @@ class ScriptedProvider:
         self.cancelled += 1
 
 
-def observe(tmp_path: Path, provider: Any, *, age_seconds: float = 0, max_runtime: float = 3600) -> tuple[list[JobState], list[float], RunRecord]:
+def observe(
+    tmp_path: Path, provider: Any, *, age_seconds: float = 0, max_runtime: float = 3600
+) -> tuple[list[JobState], list[float], RunRecord]:
     record = RunRecord(str(tmp_path), "watch1")
     ref = JobRef(
         provider="scripted",
@@ -79,7 +81,7 @@ def test_unknown_and_stopping_are_not_the_end(tmp_path: Path) -> None:
 
 
 def test_throttling_is_waited_out(tmp_path: Path) -> None:
-    script: list[JobState | Exception] = [RateLimited("slow down")] * MOST_FAILED_POLLS + [JobState.SUCCEEDED]
+    script: list[JobState | Exception] = [*[RateLimited("slow down")] * MOST_FAILED_POLLS, JobState.SUCCEEDED]
     states, sleeps, _ = observe(tmp_path, ScriptedProvider(script))
     assert states == [JobState.SUCCEEDED]
     assert max(sleeps) > 300

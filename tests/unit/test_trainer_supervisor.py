@@ -23,7 +23,9 @@ from trainer.supervisor import explain_exit
         (1, {}, False, 1, FailureReason.USER_CODE),
     ],
 )
-def test_every_ending_has_a_code_and_a_reason(returncode: int, failure: dict[str, str], oom_killed: bool, code: int, reason: FailureReason | None) -> None:
+def test_every_ending_has_a_code_and_a_reason(
+    returncode: int, failure: dict[str, str], oom_killed: bool, code: int, reason: FailureReason | None
+) -> None:
     got_code, got_reason, message, _ = explain_exit(returncode, failure, oom_killed=oom_killed)
     assert (got_code, got_reason) == (code, reason)
     assert message or returncode == 0

@@ -50,9 +50,8 @@ class YoloDetection:
         self._device = choose_device(config.device)
         self._arguments = build_arguments(config, self._device)
         if config.weights:
-            weights = models.resolve_weights(config.weights)
-            models.check_weights(weights)
-            self._model = models.link_weights(weights, work / "weights")
+            self._model = models.link_weights(models.resolve_weights(config.weights), work / "weights")
+            models.check_weights(self._model)
         else:
             self._model = models.resolve_model(config.model, work / "model")
             self._check_architecture(self._model)

@@ -1,0 +1,412 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fit_rig import epochs_of, make_attempt, make_dataset, start_fit, wait_until
+from trainer import task
+from trainer.contract import ENV_HOME, ENV_SUPERVISOR_PID, AttemptLayout, ExitCode, Phase, Progress, ResultManifest, TrainerError
+from trainer.progress import ProgressWriter, finite, read_lines
+from trainer.stopping import Stopper, StopRequested
+
+pytest.importorskip("ultralytics", reason="needs the extra `train`: uv sync --extra train")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home of its own, and the environment as it was: a fit inside this process changes it."""
+    before = dict(os.environ)
+    folder = tmp_path_factory.mktemp("home")
+    os.environ[ENV_HOME] = str(folder)
+    yield folder
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> AttemptLayout:
+    """An attempt that was trained for two epochs."""
+    layout = make_attempt(tmp_path_factory.mktemp("finished"))
+    task.fit(layout)
+    return layout
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> AttemptLayout:
+    """An attempt of four epochs whose process was killed in the third."""
+    layout = make_attempt(tmp_path_factory.mktemp("killed"), epochs=4)
+    process = start_fit(layout)
+    wait_until((layout / "checkpoints" / "epoch-0002.pt").exists, process)
+    process.kill()
+    process.wait()
+    return layout
+
+
+def copy_run(layout: AttemptLayout, base: Path) -> AttemptLayout:
+    """The run's folder copied to `base`, where a test may damage it. The dataset stays where it is."""
+    source = layout.folder.parents[2]
+    shutil.copytree(source / "run", base / "run", symlinks=True)
+    (base / "index.json").write_bytes((source / "index.json").read_bytes())
+    return AttemptLayout(base / "run" / "attempts" / layout.folder.name)
+
+
+def read(layout: AttemptLayout, name: str) -> dict[str, Any]:
+    return json.loads((layout / name).read_text(), parse_constant=pytest.fail)
+
+
+# --- A whole fit ---------------------------------------------------------------------------------------
+
+
+def test_the_manifest_lists_every_result_file_with_its_hash(finished: AttemptLayout) -> None:
+    manifest = ResultManifest.model_validate_json((finished / AttemptLayout.MANIFEST).read_bytes())
+    assert {*AttemptLayout.RESULT_FILES, "samples/grid.jpg"} <= manifest.files.keys()
+    for name, file in manifest.files.items():
+        data = (finished / name).read_bytes()
+        assert (hashlib.sha256(data).hexdigest(), len(data)) == (file.sha256, file.bytes), name
+    assert (manifest.epochs, manifest.metrics_split, manifest.run_id) == (2, "test", "run")
+    assert {"torch", "ultralytics", "albumentations", "python"} <= manifest.versions.keys()
+
+
+def test_progress_has_one_line_per_epoch_and_ends_as_finishing(finished: AttemptLayout) -> None:
+    lines = read_lines(finished / AttemptLayout.PROGRESS_LINES)
+    assert [line.epoch for line in lines] == [1, 2]
+    for line in lines:
+        assert line.metrics.keys() == {"map50", "map50_95", "precision", "recall"}
+        assert any(name.startswith("train/") for name in line.losses)
+        assert line.steps == 2
+        assert line.images_per_second
+        assert line.data_wait_share is not None
+        assert 0 <= line.data_wait_share <= 1
+        assert line.memory_gib
+    latest = Progress.model_validate_json((finished / AttemptLayout.PROGRESS).read_bytes())
+    assert (latest.phase, latest.epoch, latest.fraction) == (Phase.FINISHING, 2, 1.0)
+
+
+def test_metrics_and_evaluation_describe_the_test_split(finished: AttemptLayout) -> None:
+    metrics = read(finished, AttemptLayout.METRICS)
+    assert metrics["split"] == "test"
+    assert metrics["val"].keys() == {"map50", "map50_95", "precision", "recall"}
+    evaluation = read(finished, AttemptLayout.EVALUATION)
+    assert [row["name"] for row in evaluation["classes"]] == ["circle", "square", "triangle"]
+    assert evaluation["images"] == 6
+    confusion = evaluation["confusion_matrix"]
+    assert confusion["classes"][-1] == "background"
+    for row, counts in zip(evaluation["classes"], confusion["counts"], strict=False):
+        assert sum(counts) == row["instances"]
+        if row["instances"]:
+            assert len(row["pr_curve"]["recall"]) == len(row["pr_curve"]["precision"]) <= 101
+
+
+def test_what_the_fit_needed_is_gone_and_what_it_measured_stays(finished: AttemptLayout) -> None:
+    assert not (finished / AttemptLayout.WORK).exists()
+    assert not (finished / AttemptLayout.FAILURE).exists()
+    assert read(finished, task.PHASES).keys() == {"importing", "preparing", "training", "evaluating", "finishing"}
+
+
+def test_a_checkpoint_of_the_last_epoch_is_only_finished(finished: AttemptLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = copy_run(finished, tmp_path)
+    (copied / AttemptLayout.MANIFEST).unlink()
+    layout = make_attempt(tmp_path, 2)
+    monkeypatch.setattr(task, "train", lambda *_: pytest.fail("it trained"))
+    manifest = task.fit(layout)
+    assert (manifest.epochs, manifest.attempt) == (2, 2)
+    assert read(layout, AttemptLayout.METRICS) == read(finished, AttemptLayout.METRICS)
+
+
+def test_an_old_attempt_keeps_its_result_back(finished: AttemptLayout, tmp_path: Path) -> None:
+    layout = copy_run(finished, tmp_path)
+    make_attempt(tmp_path, 3)
+    with pytest.raises(TrainerError, match=r"newer attempt exists \(3\)") as caught:
+        task.fit(layout)
+    assert caught.value.code == ExitCode.OCCUPIED
+    assert not (layout / AttemptLayout.MANIFEST).exists()
+
+
+# --- The data ------------------------------------------------------------------------------------------
+
+
+def test_data_that_changed_before_the_start_are_refused(tmp_path: Path) -> None:
+    layout = make_attempt(tmp_path)
+    changed = sorted((tmp_path / "data").rglob("*.txt"))[0]
+    changed.write_text("0 0.5 0.5 0.1 0.1\n")
+    assert task.run(layout, Stopper()) == ExitCode.DATA
+    failure = read(layout, AttemptLayout.FAILURE)
+    assert changed.name in failure["message"]
+    assert failure["reason"] == "data"
+
+
+def test_data_that_change_during_the_training_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = make_attempt(tmp_path, epochs=3)
+    victim = sorted((tmp_path / "data").rglob("*.txt"))[0]
+    finish = ProgressWriter.finish_epoch
+
+    def finish_and_change(self: ProgressWriter) -> None:
+        finish(self)
+        victim.write_text("0 0.5 0.5 0.1 0.1\n")
+
+    monkeypatch.setattr(ProgressWriter, "finish_epoch", finish_and_change)
+    assert task.run(layout, Stopper()) == ExitCode.DATA
+    assert victim.name in read(layout, AttemptLayout.FAILURE)["message"]
+    assert [path.name for path in (layout / "checkpoints").glob("*.pt")] == ["epoch-0001.pt"]
+
+
+def test_another_dataset_version_is_refused(tmp_path: Path) -> None:
+    layout = make_attempt(tmp_path)
+    config = read(layout, AttemptLayout.CONFIG)
+    config["dataset"]["version"] = "0" * 64
+    (layout / AttemptLayout.CONFIG).write_text(json.dumps(config))
+    with pytest.raises(TrainerError, match="the index describes dataset version") as caught:
+        task.fit(layout)
+    assert caught.value.code == ExitCode.DATA
+
+
+# --- Resuming ------------------------------------------------------------------------------------------
+
+
+def steps_in(checkpoint: Path) -> int:
+    """Optimizer steps that the checkpoint counts."""
+    import torch
+
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False)["optimizer"]["state"]
+    return max(int(value["step"]) for value in state.values())
+
+
+def test_a_killed_training_goes_on_where_it_was(killed: AttemptLayout, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copy_run(killed, tmp_path)
+    layout = make_attempt(tmp_path, 2, epochs=4)
+    with caplog.at_level("INFO", logger="trainer"):
+        manifest = task.fit(layout)
+    assert manifest.epochs == 4
+    assert epochs_of(killed) == [1, 2]
+    assert epochs_of(layout) == [3, 4]
+    # Two steps an epoch: the optimizer's own count tells that its state came along.
+    assert steps_in(killed / "checkpoints" / "epoch-0002.pt") == 4
+    assert steps_in(layout / "checkpoints" / "epoch-0004.pt") == 8
+    assert "resuming after epoch 2 of 4 (attempt 1)" in caplog.text
+    assert "4 steps" in caplog.text
+
+
+def test_the_learning_rate_goes_on_as_if_uninterrupted(killed: AttemptLayout, tmp_path: Path) -> None:
+    whole = make_attempt(tmp_path / "whole", epochs=4, data=killed.folder.parents[2] / "data")
+    task.fit(whole)
+    copy_run(killed, tmp_path / "resumed")
+    layout = make_attempt(tmp_path / "resumed", 2, epochs=4)
+    task.fit(layout)
+    rates = [line.learning_rate for line in read_lines(whole / AttemptLayout.PROGRESS_LINES)]
+    again = [line.learning_rate for part in (killed, layout) for line in read_lines(part / AttemptLayout.PROGRESS_LINES)]
+    assert again == pytest.approx(rates)
+
+
+def test_a_truncated_newest_checkpoint_falls_back(killed: AttemptLayout, tmp_path: Path) -> None:
+    copied = copy_run(killed, tmp_path)
+    newest = copied / "checkpoints" / "epoch-0002.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    before = {path: path.stat().st_mtime_ns for path in copied.folder.rglob("*")}
+    layout = make_attempt(tmp_path, 2, epochs=4)
+    messages: list[str] = []
+
+    def note(context: Any, *_: Any) -> None:
+        messages.append(context.progress.latest.message)
+        raise StopRequested("seen enough")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "train", note)
+        assert task.run(layout, Stopper()) == ExitCode.PREEMPTED
+    assert "resuming after epoch 1 of 4" in messages[0]
+    assert "epoch-0002.pt" in messages[0]
+    task.fit(layout)
+    assert epochs_of(layout) == [2, 3, 4]
+    assert before == {path: path.stat().st_mtime_ns for path in copied.folder.rglob("*")}
+
+
+def test_a_changed_configuration_is_refused(killed: AttemptLayout, tmp_path: Path) -> None:
+    copy_run(killed, tmp_path)
+    layout = make_attempt(tmp_path, 2, epochs=5)
+    assert task.run(layout, Stopper()) == ExitCode.CONFIG
+    assert "epochs was 4, is 5" in read(layout, AttemptLayout.FAILURE)["message"]
+    assert not epochs_of(layout)
+
+
+# --- Stopping ------------------------------------------------------------------------------------------
+
+
+def test_sigterm_while_training_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    layout = make_attempt(tmp_path, epochs=500)
+    process = start_fit(layout)
+    wait_until((layout / "checkpoints" / "epoch-0001.pt").exists, process)
+    sent = time.monotonic()
+    process.terminate()
+    assert process.wait(20) == ExitCode.PREEMPTED
+    assert time.monotonic() - sent < 5
+    failure = read(layout, AttemptLayout.FAILURE)
+    epoch = epochs_of(layout)[-1]
+    assert failure["code"] == ExitCode.PREEMPTED
+    assert f"told to stop (SIGTERM); checkpoint of epoch {epoch} saved" == failure["message"]
+    assert not (layout / AttemptLayout.WORK).exists()
+
+
+def test_sigterm_while_importing_stops_at_once(tmp_path: Path) -> None:
+    layout = make_attempt(tmp_path)
+    process = start_fit(layout)
+    progress = layout / AttemptLayout.PROGRESS
+    wait_until(lambda: progress.exists() and "loading yolo" in progress.read_text(), process)
+    process.terminate()
+    assert process.wait(20) == ExitCode.PREEMPTED
+    assert "no epoch was finished yet" in read(layout, AttemptLayout.FAILURE)["message"]
+
+
+def test_a_fit_without_its_supervisor_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENV_SUPERVISOR_PID, str(os.getppid()))
+    Stopper().check()
+    monkeypatch.setenv(ENV_SUPERVISOR_PID, str(os.getpid()))
+    with pytest.raises(StopRequested, match="the supervisor is gone"):
+        Stopper().check()
+
+
+def test_a_signal_waits_for_the_end_of_a_deferral() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        stopper = Stopper()
+        stopper.install()
+        reached = False
+        with pytest.raises(StopRequested), stopper.deferred():
+            signal.raise_signal(signal.SIGTERM)
+            reached = True
+        assert reached
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- The network ---------------------------------------------------------------------------------------
+
+_SPY = """
+import socket, sys
+def spy(name, real):
+    def call(*args, **kwargs):
+        print("LOOKUP", name, args[:2], file=sys.stderr, flush=True)
+        return real(*args, **kwargs)
+    return call
+for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex", "create_connection"):
+    setattr(socket, name, spy(name, getattr(socket, name)))
+def refuse(event, args):
+    if event == "socket.connect" and args[0].family != socket.AF_UNIX:
+        print("LOOKUP connect", args[1], file=sys.stderr, flush=True)
+sys.addaudithook(refuse)
+sys.addaudithook(lambda event, args: event.startswith("socket.getaddrinfo") and print("LOOKUP", args, file=sys.stderr, flush=True))
+from trainer.task import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_whole_fit_looks_up_no_host(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "data")
+    description = data / "data.yaml"
+    description.write_text(description.read_text().replace("circle", "Kreisförmig 円"))  # asks for another font
+    layout = make_attempt(tmp_path, data=data, epochs=1)
+    root = Path(__file__).parents[2]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("YOLO_", "NO_ALBUMENTATIONS"))}
+    result = subprocess.run(
+        [sys.executable, "-c", _SPY, "--attempt-dir", str(layout.folder)],
+        cwd=root,
+        env={**environment, ENV_HOME: str(tmp_path / "home"), "ULTRALYTICS_API_KEY": "ul_" + "0" * 40},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "LOOKUP" not in result.stderr
+    assert (layout / AttemptLayout.MANIFEST).exists()
+
+
+# --- Progress and failures -------------------------------------------------------------------------------
+
+
+def test_progress_holds_no_number_that_json_lacks(tmp_path: Path) -> None:
+    writer = ProgressWriter(AttemptLayout(tmp_path), attempt=1, epochs=3)
+    writer.update(losses={"a": math.nan, "b": 1.0}, metrics={"map50": math.inf}, learning_rate=math.nan, epoch=1)
+    writer.finish_epoch()
+    writer.finish_epoch()
+    document = read(AttemptLayout(tmp_path), AttemptLayout.PROGRESS)
+    assert (document["losses"], document["metrics"], document["learning_rate"]) == ({"b": 1.0}, {}, None)
+    assert len(read_lines(tmp_path / AttemptLayout.PROGRESS_LINES)) == 1
+    assert finite({"a": {"b": -math.inf}}) == {"a": {}}
+
+
+def test_progress_goes_back_to_the_checkpoint_before_it_goes_on(tmp_path: Path) -> None:
+    layout = AttemptLayout(tmp_path)
+    writer = ProgressWriter(layout, attempt=1, epochs=9)
+    for epoch in (1, 2, 3):
+        writer.update(epoch=epoch)
+        writer.finish_epoch()
+    lost = writer.latest.model_copy(update={"epoch": 2})
+    with (tmp_path / AttemptLayout.PROGRESS_LINES).open("a") as file:
+        file.write('{"epoch": 4, "cut')
+    again = ProgressWriter(layout, attempt=1, epochs=9)
+    again.rewind(lost, 2)
+    again.update(epoch=3)
+    again.finish_epoch()
+    assert epochs_of(layout) == [1, 2, 3]
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's, which this test need not import."""
+
+
+@pytest.mark.parametrize(
+    ("exc", "code", "words"),
+    [
+        (TrainerError("x", code=ExitCode.DATA), ExitCode.DATA, "x"),
+        (MemoryError(), ExitCode.OUT_OF_MEMORY, "out of memory"),
+        (OutOfMemoryError("CUDA out of memory. Tried"), ExitCode.OUT_OF_MEMORY, "CUDA"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), ExitCode.OUT_OF_MEMORY, "allocate"),
+        (OSError(28, "No space left on device", "/out/a"), ExitCode.DISK_FULL, "/out/a"),
+        (PermissionError(13, "Permission denied", "/out/b"), ExitCode.PERMISSION, "/out/b"),
+        (ValueError("two\nlines"), ExitCode.USER_CODE, "ValueError: two lines"),
+    ],
+)
+def test_every_failure_has_a_code_and_says_what_happened(exc: Exception, code: ExitCode, words: str) -> None:
+    error = task.explain(exc)
+    assert error.code == code
+    assert words in error.message
+    assert "\n" not in error.message
+
+
+def test_an_unexpected_failure_is_explained_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = make_attempt(tmp_path)
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(task, "train", fail)
+    assert task.run(layout, Stopper()) == ExitCode.USER_CODE
+    assert read(layout, AttemptLayout.FAILURE) == {
+        "code": 70,
+        "reason": "user-code",
+        "message": "ZeroDivisionError: division by zero",
+        "hint": "the log has the traceback",
+    }
+
+
+def test_a_folder_without_a_job_is_refused(tmp_path: Path) -> None:
+    assert task.run(AttemptLayout(tmp_path / "1"), Stopper()) == ExitCode.CONFIG
+
+
+def test_a_stopper_installs_nothing_outside_the_main_thread() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=Stopper().install)
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == before
