@@ -44,7 +44,7 @@ DEMO = {
         "learning_rate": 0.008,
         "optimizer": "AdamW",
         "model_params": {
-            **{"lrf": 0.05, "warmup_epochs": 0.5, "mosaic": 0.0, "scale": 0.2, "erasing": 0.0},
+            **{"lrf": 0.05, "warmup_epochs": 0.5, "mosaic": 0.0, "scale": 0.2},
             **{"hsv_h": 0.0, "hsv_s": 0.0, "hsv_v": 0.0},
         },
     },

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.contract import AttemptLayout, DatasetRef, TrainConfig, TrainJob
+from trainer.contract import AttemptLayout, DatasetRef, SplitConfig, TrainConfig, TrainJob
 from trainer.dataset import check_dataset
 from trainer.progress import read_lines
 from trainer.shapes import write_shapes
@@ -32,12 +32,14 @@ def make_dataset(folder: Path, *, train: int = 16, val: int = 6, test: int = 6) 
     return write_shapes(folder, train=train, val=val, test=test, size=64)
 
 
-def make_attempt(base: Path, number: int = 1, *, data: Path | None = None, **config: Any) -> AttemptLayout:
+def make_attempt(
+    base: Path, number: int = 1, *, data: Path | None = None, split: SplitConfig | None = None, **config: Any
+) -> AttemptLayout:
     """``<base>/run/attempts/<number>`` with its config.json, and the dataset and its index in `base`."""
     index_path = base / "index.json"
     base.mkdir(parents=True, exist_ok=True)
     if not index_path.exists():
-        index = check_dataset(data or make_dataset(base / "data"))
+        index = check_dataset(data or make_dataset(base / "data"), split=split or SplitConfig.model_validate({}))
         index_path.write_text(index.model_dump_json())
     else:
         from trainer.dataset import DatasetIndex

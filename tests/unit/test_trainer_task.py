@@ -281,10 +281,15 @@ def test_a_signal_waits_for_the_end_of_a_deferral() -> None:
     try:
         stopper = Stopper()
         stopper.install()
-        reached = False
-        with pytest.raises(StopRequested), stopper.deferred():
-            signal.raise_signal(signal.SIGTERM)
-            reached = True
+        reached: list[bool] = []
+
+        def save() -> None:
+            with stopper.deferred():
+                signal.raise_signal(signal.SIGTERM)
+                reached.append(True)
+
+        with pytest.raises(StopRequested):
+            save()
         assert reached
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -322,6 +327,7 @@ def test_a_whole_fit_looks_up_no_host(tmp_path: Path) -> None:
         [sys.executable, "-c", _SPY, "--attempt-dir", str(layout.folder)],
         cwd=root,
         env={**environment, ENV_HOME: str(tmp_path / "home"), "ULTRALYTICS_API_KEY": "ul_" + "0" * 40},
+        check=False,
         capture_output=True,
         text=True,
         timeout=120,

@@ -11,7 +11,7 @@ import pytest
 
 from tests.fit_rig import TINY, epochs_of, make_attempt, make_dataset
 from trainer import task
-from trainer.contract import ENV_HOME, AttemptLayout, ExitCode, Framework, Task, TrainConfig, TrainerError
+from trainer.contract import ENV_HOME, AttemptLayout, ExitCode, Framework, SplitConfig, Task, TrainConfig, TrainerError
 from trainer.frameworks import get_trainer, yolo_model
 from trainer.frameworks.yolo_arguments import build_arguments, build_augmentations, check_params, choose_batch, choose_device, known_params
 from trainer.stopping import Stopper
@@ -66,7 +66,14 @@ def test_models_are_known_by_ultralytics_names_and_as_pico() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("yolo11nn", "'yolo11n'"), ("yolo11-piko", "'yolo11-pico'"), ("yolo-11n", "'yolo11n'"), ("yolo11n-seg", "'yolo11n'")]
+    ("name", "near"),
+    [
+        ("yolo11nn", "'yolo11n'"),
+        ("yolo11-piko", "'yolo11-pico'"),
+        ("yolo-11n", "'yolo11n'"),
+        ("yolo11n-seg", "'yolo11n'"),
+        ("yolo11n.pt", "field weights"),
+    ],
 )
 def test_an_unknown_model_names_the_nearest(tmp_path: Path, name: str, near: str) -> None:
     assert near in refusal(yolo_model.resolve_model, name, tmp_path)
@@ -288,7 +295,13 @@ def test_a_model_of_ours_is_fine_tuned_on_other_classes_with_other_augmentations
     weights = tmp_path / "start.weights"  # any name will do
     weights.write_bytes((trained / AttemptLayout.MODEL).read_bytes())
     layout = make_attempt(
-        tmp_path, data=data, epochs=1, weights=str(weights), augmentations=[{"transform": "VerticalFlip", "p": 1.0}], batch_size=4
+        tmp_path,
+        data=data,
+        split=SplitConfig.model_validate({"test": 0}),
+        epochs=1,
+        weights=str(weights),
+        augmentations=[{"transform": "VerticalFlip", "p": 1.0}],
+        batch_size=4,
     )
     manifest = task.fit(layout)
     assert (manifest.metrics_split, manifest.model) == ("val", "start.weights")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import warnings
 from typing import Any
 
 from pydantic import JsonValue
@@ -242,8 +243,10 @@ def _try_transform(transform: Any, name: str, image_size: int) -> None:
     probability = transform.p
     transform.p = 1.0
     try:
-        pipeline = A.Compose([transform], bbox_params=A.BboxParams(format="yolo", label_fields=["labels"]))
-        result = pipeline(image=image, bboxes=np.array([[0.5, 0.5, 0.2, 0.2]]), labels=np.array([0]))["image"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there are boxes which a change of colour leaves alone
+            pipeline = A.Compose([transform], bbox_params=A.BboxParams(format="yolo", label_fields=["labels"]))
+            result = pipeline(image=image, bboxes=np.array([[0.5, 0.5, 0.2, 0.2]]), labels=np.array([0]))["image"]
     except Exception as exc:  # whatever a transform raises that cannot work here
         raise config_error(f"{name} fails on an image with a box: {_shorten(exc)}", "leave it out, or correct its arguments") from exc
     finally:

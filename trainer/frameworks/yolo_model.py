@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ PICO_SCALE = [0.5, 0.125, 1024]  # depth, width, most channels
 PICO = "pico"
 INTEGRATIONS = ("clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb")
 FONTS = ("Arial.ttf", "Arial.Unicode.ttf")
+_TOO_WIDE_FOR_PICO = frozenset({"yolo12"})  # its attention needs multiples of 32 channels
+_NAMES_ITS_SCALE = re.compile(r"yolov?\d+[a-z]")
 _OTHER_TASKS = re.compile(r"-(cls|obb|pose|seg|sem|depth)\b|rtdetr|yoloe|world")
 
 
@@ -99,11 +102,12 @@ def list_models() -> dict[str, tuple[Path, str]]:
     models: dict[str, tuple[Path, str]] = {}
     for stem, file in list_families().items():
         scales = YAML.load(str(file)).get("scales") or {}
-        if not scales:
+        if not scales or _NAMES_ITS_SCALE.match(stem):
             models[stem] = (file, "")
             continue
         models |= {scaled_name(stem, scale): (file, scale) for scale in scales}
-        models[f"{stem}-{PICO}"] = (file, PICO)
+        if stem not in _TOO_WIDE_FOR_PICO:
+            models[f"{stem}-{PICO}"] = (file, PICO)
     return models
 
 
@@ -116,11 +120,7 @@ def resolve_model(model: str, folder: Path) -> Path:
         return _check_model_file(Path(model).expanduser())
     known = list_models()
     if model not in known:
-        raise TrainerError(
-            unknown_name_message("model", model, sorted(known)),
-            hint="give a name such as yolo11n, yolo26s or yolo11-pico, or the path of a model's YAML file",
-            code=ExitCode.CONFIG,
-        )
+        raise _unknown_model(model, known)
     from ultralytics.utils import YAML
 
     file, scale = known[model]
@@ -132,6 +132,17 @@ def resolve_model(model: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     YAML.save(str(target), document)
     return target
+
+
+def _unknown_model(model: str, known: Iterable[str]) -> TrainerError:
+    hint = "give a name such as yolo11n, yolo26s or yolo11-pico, or the path of a model's YAML file"
+    bare = _OTHER_TASKS.sub("", model.removesuffix(".pt"))
+    message = unknown_name_message("model", model, sorted(known))
+    if bare in known:
+        message = f"unknown model {model!r}; did you mean {bare!r}?"
+    if model.endswith(".pt"):
+        hint = f"a .pt file belongs in the field weights; {hint}"
+    return TrainerError(message, hint=hint, code=ExitCode.CONFIG)
 
 
 def _check_model_file(path: Path) -> Path:
