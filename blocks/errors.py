@@ -25,9 +25,25 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from trainer.contract import REASON_EXITS, ExitCode, FailureReason, TrainerError, TrainyardError
+from trainer.contract import ExitCode, FailureReason, TrainerError, TrainyardError
 
 __all__ = ["TrainerError", "TrainyardError"]
+
+# The command's exit code for a job that failed so.
+REASON_EXITS: dict[FailureReason, ExitCode] = {
+    FailureReason.CONFIG: ExitCode.CONFIG,
+    FailureReason.USER_CODE: ExitCode.USER_CODE,
+    FailureReason.OUT_OF_MEMORY: ExitCode.OUT_OF_MEMORY,
+    FailureReason.DATA: ExitCode.DATA,
+    FailureReason.PREEMPTED: ExitCode.PREEMPTED,
+    FailureReason.TIMEOUT: ExitCode.TIMEOUT,
+    FailureReason.CAPACITY: ExitCode.UNAVAILABLE,
+    FailureReason.QUOTA: ExitCode.DISK_FULL,
+    FailureReason.IMAGE: ExitCode.CONFIG,
+    FailureReason.PERMISSION: ExitCode.PERMISSION,
+    FailureReason.INFRASTRUCTURE: ExitCode.UNAVAILABLE,
+    FailureReason.UNKNOWN: ExitCode.UNEXPECTED,
+}
 
 
 class RunNotFound(TrainyardError):

@@ -210,20 +210,6 @@ EXIT_REASONS: dict[int, FailureReason] = {
     ExitCode.CONFIG: FailureReason.CONFIG,
     ExitCode.TIMEOUT: FailureReason.TIMEOUT,
 }
-REASON_EXITS: dict[FailureReason, ExitCode] = {
-    FailureReason.CONFIG: ExitCode.CONFIG,
-    FailureReason.USER_CODE: ExitCode.USER_CODE,
-    FailureReason.OUT_OF_MEMORY: ExitCode.OUT_OF_MEMORY,
-    FailureReason.DATA: ExitCode.DATA,
-    FailureReason.PREEMPTED: ExitCode.PREEMPTED,
-    FailureReason.TIMEOUT: ExitCode.TIMEOUT,
-    FailureReason.CAPACITY: ExitCode.UNAVAILABLE,
-    FailureReason.QUOTA: ExitCode.DISK_FULL,
-    FailureReason.IMAGE: ExitCode.CONFIG,
-    FailureReason.PERMISSION: ExitCode.PERMISSION,
-    FailureReason.INFRASTRUCTURE: ExitCode.UNAVAILABLE,
-    FailureReason.UNKNOWN: ExitCode.UNEXPECTED,
-}
 
 
 class TrainyardError(Exception):

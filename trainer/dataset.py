@@ -6,22 +6,21 @@ Needs Pillow only, so that the launcher can check a dataset before anything cost
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
 
 import yaml
-from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from trainer.contract import ExitCode, SplitConfig, StoredRecord, Task, TrainerError
-from trainer.dataset_formats import (
+from trainer.dataset_formats import find_dataset, read_found
+from trainer.dataset_images import Decoded, decode_image
+from trainer.dataset_raw import (
     IMAGE_SUFFIXES,
     SPLITS,
     DatasetFormat,
@@ -32,9 +31,8 @@ from trainer.dataset_formats import (
     RawImage,
     Split,
     data_error,
-    find_dataset,
-    read_found,
 )
+from trainer.dataset_splits import SplitSource, assign_splits
 
 __all__ = [
     "DatasetFormat",
@@ -50,12 +48,9 @@ __all__ = [
 ]
 
 Box = tuple[int, float, float, float, float]
-SplitSource = Literal["given", "made"]
 DEFAULT_SPLIT = SplitConfig.model_validate({})
-MIN_SIDE = 10  # pixels; Ultralytics drops smaller images
 SLACK = 0.01  # share of the side by which a box may overshoot, as Ultralytics allows; at least one pixel, VOC being 1-based
 MIN_AREA = 1e-6  # share of the image
-_PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 _LAYOUT_MARK = "# Written by Trainyard."
 
 
@@ -159,40 +154,6 @@ def dataset_version(files: Iterable[tuple[str, str]]) -> str:
 
 
 # --- Images and boxes ----------------------------------------------------------------------------
-
-
-class Decoded(NamedTuple):
-    """Displayed width and height in pixels, and the bytes that were decoded."""
-
-    width: int
-    height: int
-    bytes: int
-    mtime_ns: int
-    sha256: str
-
-
-def decode_image(path: Path) -> Decoded | str:
-    """Read a file once, hash it and decode it fully; or say why it cannot be used."""
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        return f"{path.suffix or 'no suffix'} is not supported; use {' '.join(s[1:] for s in IMAGE_SUFFIXES)}"
-    try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-            return "it is not a regular file"
-        with path.open("rb") as file:
-            stat, content = os.fstat(file.fileno()), file.read()
-        if not content:
-            return "the file is empty"
-        with Image.open(io.BytesIO(content), formats=_PILLOW_FORMATS) as image:
-            image.load()
-            width, height = image.size
-            # 5 to 8 turn the image by a quarter. Pillow itself has turned a TIFF by now, and dropped the tag.
-            if image.getexif().get(0x0112) in (5, 6, 7, 8):
-                width, height = height, width
-    except Exception as exc:  # broken files make Pillow's plug-ins raise nearly anything
-        return "it is not an image" if isinstance(exc, Image.UnidentifiedImageError) else f"{exc}" or type(exc).__name__
-    if min(width, height) < MIN_SIDE:
-        return f"it is {width} x {height} pixels; at least {MIN_SIDE} are needed on each side"
-    return Decoded(width, height, len(content), stat.st_mtime_ns, hashlib.sha256(content).hexdigest())
 
 
 def _decode_all(raw: RawDataset, listed: list[RawImage], root: Path, on_progress: Callable[[int, int], None] | None) -> list[ImageItem]:
@@ -337,102 +298,6 @@ def _notes_on(index: DatasetIndex) -> list[str]:
     notes += [f"The {split} split has no box at all." for split, boxes in counts.items() if not sum(boxes)]
     shared = sum(problem.kind is ProblemKind.DUPLICATE_IMAGE and problem.message.startswith("it is in ") for problem in index.problems)
     return notes + ([f"{shared} images lie in more than one split with the same bytes; figures may be too good."] if shared else [])
-
-
-# --- Splits --------------------------------------------------------------------------------------
-
-
-def assign_splits(
-    images: dict[str, str], given: dict[str, Split | None], config: SplitConfig, notes: list[str]
-) -> tuple[dict[str, Split], dict[str, SplitSource]]:
-    """Split by path, and which splits were given or made. What is missing is made from train; images of no split are train's.
-
-    ``images`` maps the path of each usable image to the hash of its bytes; what a person should know is added to ``notes``.
-    Shares are of the images that train has before. Raises TrainerError where no validation split can be made.
-    """
-    have: set[Split] = {split for split in given.values() if split}
-    splits: dict[str, Split] = {path: split or "train" for path, split in given.items()}
-    pool = {path: digest for path, digest in images.items() if splits[path] == "train"}
-    sources: dict[str, SplitSource] = {"train": "given" if "train" in have else "made", **{s: "given" for s in SPLITS[1:] if s in have}}
-    if images and not pool:
-        raise data_error(
-            f"there is no train split, only {' and '.join(sorted(have))}", "Give a train split, or the images without any split."
-        )
-    missing: list[tuple[Split, float]] = [("test", config.test), ("val", config.val)]
-    missing = [(split, share) for split, share in missing if split not in have and (share or split == "val")]
-    if not missing:
-        notes += ["split.by was not used: no split had to be made."] if config.by else []
-        return splits, sources
-    groups = _ordered_groups(pool, config, notes)
-    if "val" not in have and (not config.val or len(groups) < 2):
-        raise _no_validation(len(pool), config)
-    total_groups = len(groups)
-    for position, (split, share) in enumerate(missing):
-        taken = _take_groups(
-            groups, share * len(pool), keep=len(missing) - position, at_least=1 if split == "val" or total_groups >= 3 else 0
-        )
-        splits.update({path: split for group in taken for path in group})
-        count = sum(map(len, taken))
-        if taken:
-            sources[split] = "made"
-        notes.append(_note_made(split, count, len(pool), config, "train" in have))
-    return splits, sources
-
-
-def _no_validation(count: int, config: SplitConfig) -> TrainerError:
-    if not config.val:
-        message, hint = "the dataset has no val split and split.val is 0", "Give a val split, or set split.val, e.g. 0.1."
-    elif config.by and count > 1:
-        message, hint = (
-            f"split.by puts all {count} images into one group, so no val split can be made",
-            "Use a pattern that tells groups apart.",
-        )
-    else:
-        message, hint = f"no val split can be made from {count} image(s)", "Give a val split, or more images."
-    return TrainerError(message, hint=hint, code=ExitCode.CONFIG if config.by or not config.val else ExitCode.DATA)
-
-
-def _note_made(split: Split, count: int, total: int, config: SplitConfig, is_train_given: bool) -> str:
-    if not count:
-        return f"There is no {split} split: too few images or groups to make one."
-    source = "the train split" if is_train_given else "all"
-    how = f"{split} was made: {count} of the {total} images of {source} were set aside" + (f", grouped by {config.by}" if config.by else "")
-    advice = f"Give a {split} split to use your own" + ("; split.test = 0 turns this off." if split == "test" else ".")
-    return f"{how} (seed {config.seed}). {advice}"
-
-
-def _ordered_groups(images: dict[str, str], config: SplitConfig, notes: list[str]) -> list[list[str]]:
-    """Paths that must stay together, in the order in which groups leave train. Without a pattern only equal images are kept together."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    first: dict[str, str] = {}
-    unmatched = 0
-    for path, digest in images.items():
-        match = re.search(config.by, PurePosixPath(path).name) if config.by else None
-        key = next((text for text in (*match.groups()[:1], match[0]) if text), "") if match else ""
-        unmatched += bool(config.by and not key)
-        # The two kinds of keys must never meet: a path holds no NUL.
-        groups[f"\0{key}" if key else first.setdefault(digest, path)].append(path)
-    if unmatched:
-        notes.append(f"{unmatched} images do not match split.by ({config.by}); each is a group of its own.")
-    order = sorted(groups, key=lambda key: hashlib.sha256(f"{config.seed}:{key.lstrip(chr(0))}".encode()).hexdigest())
-    return [groups[key] for key in order]
-
-
-def _take_groups(groups: list[list[str]], target: float, *, keep: int, at_least: int) -> list[list[str]]:
-    """Remove groups from the front while that brings the count of images nearer to the target; ``keep`` groups stay."""
-    wanted, count = int(target + 0.5), 0
-    taken: list[list[str]] = []
-    for group in list(groups):
-        if len(groups) > keep and count + len(group) / 2 <= wanted:
-            taken.append(group)
-            groups.remove(group)
-            count += len(group)
-        if count >= wanted:
-            break
-    if len(taken) < at_least and len(groups) > keep:
-        taken.append(min(groups, key=len))
-        groups.remove(taken[0])
-    return taken
 
 
 # --- Afterwards: did it change, and Ultralytics' layout -------------------------------------------

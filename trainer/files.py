@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Replaces `path` by `data` in one step, durable once this returns. Raises OSError (ENOSPC on a full disk)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: threads of one process may write the same file.
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -91,6 +91,11 @@ class Stack:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
+    def healthy(self) -> bool:
+        with suppress(OSError):
+            return self.api("/health") is True
+        return False
+
     def start_worker(self) -> subprocess.Popen[bytes]:
         worker = self.spawn("prefect", "worker", "start", "--pool", POOL, "--name", f"worker-{len(self.workers)}", log="worker.log")
         self.workers.append(worker)
@@ -138,13 +143,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     made = Stack(folder, environment)
     server = made.spawn("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), log="server.log")
     try:
-
-        def healthy() -> bool:
-            with suppress(OSError):
-                return made.api("/health") is True
-            return False
-
-        wait_for("the Prefect server answers", healthy, 180)
+        wait_for("the Prefect server answers", made.healthy, 180)
         assert made.command("prefect", "work-pool", "create", POOL, "--type", "process").returncode == 0
         deployed = made.command("prefect", "--no-prompt", "deploy", "--all", cwd=REPOSITORY)
         assert deployed.returncode == 0, deployed.stdout + deployed.stderr

@@ -4,6 +4,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from trainer.frameworks import get_trainer, yolo_model
 from trainer.frameworks.yolo_arguments import build_arguments, build_augmentations, check_params, choose_batch, choose_device, known_params
 from trainer.stopping import Stopper
 
-pytest.importorskip("ultralytics", reason="needs the extra `train`: uv sync --extra train")
+# Not importorskip: an import here would come before a fit sets where Ultralytics keeps its settings, and ask the network.
+pytestmark = pytest.mark.skipif(find_spec("ultralytics") is None, reason="needs the extra `train`: uv sync --extra train")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -40,7 +40,7 @@ def import_ultralytics(fallback_dir: Path) -> None:
     """Imports torch and Ultralytics so that neither looks up a host, now or later.
 
     Its settings live in this machine's cache, or in `fallback_dir` where that cannot be written. A process
-    that imported Ultralytics before keeps its own; they are changed in memory only.
+    that imported Ultralytics before keeps its own: they are changed in memory only, and get a font.
     """
     is_ours = "ultralytics" not in sys.modules
     os.environ["YOLO_OFFLINE"] = "true"
