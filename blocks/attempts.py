@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from blocks.errors import JobFailed, RunCancelled
+from blocks.errors import JobFailed, ResultMissing, RunCancelled
 from blocks.job import FailureReason, JobRef, JobState, JobStatus, Result
 from blocks.provider import Provider
 from blocks.record import Outcome, Receipt, RunRecord
@@ -62,8 +62,8 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
 
     Several processes may do so at once, a flow and a `trainyard cancel`, say: the first outcome stands.
     """
-    result = provider.collect(ref) if status.state is JobState.SUCCEEDED else None
-    asked = record.cancel_request()
+    result = collect_what_there_is(provider, ref, status)
+    asked = record.cancel_request(ref.attempt)
     if asked is not None and status.state is not JobState.SUCCEEDED:
         record.write_receipt(
             ref.attempt,
@@ -90,14 +90,24 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
     return record.write_outcome(ref.attempt, outcome)
 
 
+def collect_what_there_is(provider: Provider[Any], ref: JobRef, status: JobStatus) -> Result | None:
+    """The verified result of a success; of a job that was stopped or failed, its last good checkpoint, if it came so far."""
+    if status.state is JobState.SUCCEEDED:
+        return provider.collect(ref)
+    try:
+        return provider.collect(ref, allow_partial=True)
+    except ResultMissing:
+        return None
+
+
 def result_of(record: RunRecord, step: Step) -> Result:
     """The result of a run that is over. Raises JobFailed or RunCancelled, with the reason, where it has none."""
     outcome = record.outcome(step.attempt)
     assert outcome is not None, "only a closed attempt is done"
-    if outcome.result is not None:
+    if outcome.state is JobState.SUCCEEDED and outcome.result is not None:
         return outcome.result
     if outcome.state is JobState.CANCELLED:
-        asked = record.cancel_request()
+        asked = record.cancel_request(step.attempt)
         who = f" by {asked.asked_by}" if asked else ""
         raise RunCancelled(
             f"run {record.run_id} was cancelled{who} after epoch {outcome.epoch}", hint=f"`trainyard resume {record.run_id}`"

@@ -7,6 +7,7 @@ provider writes `settings`, `CAPABILITIES`, a pure `build_request` and `parse_st
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from blocks.job import (
     seconds_between,
 )
 from blocks.pricing import cost_usd, lookup_price
-from trainer.contract import AttemptLayout, ResultManifest, UserInput
+from trainer.contract import AttemptLayout, ManifestFile, ResultManifest, UserInput
 from trainer.storage import ObjectFolder
 
 Settings = TypeVar("Settings", bound=UserInput)
@@ -160,10 +161,12 @@ class Provider(ABC, Generic[Settings]):
     def collect(self, ref: JobRef, *, allow_partial: bool = False) -> Result:
         """The job's verified result. Raises ResultMissing where the manifest is absent, another attempt's, or a file differs from it.
 
-        With `allow_partial`, a stopped job's best weights so far are a result too.
+        With `allow_partial`, the last checkpoint of a job that did not come to its end is a result too, if its hash is right.
         """
         folder = ObjectFolder(ref.output_uri)
         data = folder.get(AttemptLayout.MANIFEST)
+        if data is None and allow_partial:
+            return self._collect_checkpoint(ref, folder)
         if data is None:
             raise self._missing(ref, "it wrote no manifest")
         manifest = ResultManifest.model_validate_json(data)
@@ -189,6 +192,31 @@ class Provider(ABC, Generic[Settings]):
             billable_seconds=round(seconds, 3),
             cost_usd=status.cost_usd,
         )
+
+    def _collect_checkpoint(self, ref: JobRef, folder: ObjectFolder) -> Result:
+        places = [f"{AttemptLayout.CHECKPOINTS}/{name}" for name in folder.names(AttemptLayout.CHECKPOINTS) if name.startswith("epoch-")]
+        for place in sorted((place for place in places if place.endswith(".json")), reverse=True):
+            described = json.loads(folder.get(place) or b"{}")
+            weights = place.removesuffix(".json") + ".pt"
+            if described.get("sha256") != folder.sha256(weights):
+                continue
+            status = self.poll(ref)
+            progress = status.progress
+            seconds = seconds_between(status.started_at or ref.submitted_at, status.ended_at or status.observed_at)
+            return Result(
+                outcome="partial",
+                model_uri=f"{ref.output_uri}/{weights}",
+                manifest_uri=f"{ref.output_uri}/{place}",
+                metrics=progress.metrics if progress else {},
+                metrics_split="val",
+                files={weights: ManifestFile(sha256=described["sha256"], bytes=described["bytes"])},
+                best_epoch=described["epoch"],
+                epochs=described["epoch"],
+                duration_seconds=round(seconds, 3),
+                billable_seconds=round(seconds, 3),
+                cost_usd=status.cost_usd,
+            )
+        raise self._missing(ref, "it wrote no manifest and no checkpoint")
 
     # --- What a provider's author writes ---------------------------------------------------------
 

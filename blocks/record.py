@@ -17,7 +17,7 @@ from pydantic import AwareDatetime, Field, JsonValue
 
 from blocks.errors import ConfigError, PlanChanged, RunNotFound
 from blocks.job import FailureReason, JobRef, JobState, JobStatus, Plan, Result, TrainRequest, fingerprint
-from trainer.contract import ENV_HOME, AttemptLayout, RunLayout, StoredRecord, utc_now
+from trainer.contract import ENV_HOME, AttemptLayout, DatasetRef, RunLayout, StoredRecord, utc_now
 from trainer.dataset import DatasetIndex
 from trainer.storage import ObjectFolder, to_path, to_uri
 
@@ -54,6 +54,9 @@ class Outcome(StoredRecord):
 
 
 class CancelRequest(StoredRecord):
+    """``cancel.json``: who wants which attempt stopped. A later attempt, started by `resume`, is not meant."""
+
+    attempt: int
     asked_by: str
     why: str = ""
     asked_at: AwareDatetime = Field(default_factory=utc_now)
@@ -110,6 +113,9 @@ class RunRecord:
             )
         return stored
 
+    def exists(self) -> bool:
+        return self.folder.get(RunLayout.RUN) is not None
+
     def run(self) -> RunFile:
         run = self._read(RunLayout.RUN, RunFile)
         if run is None:
@@ -118,6 +124,19 @@ class RunRecord:
 
     def dataset(self) -> DatasetIndex | None:
         return self._read(RunLayout.DATASET, DatasetIndex)
+
+    def dataset_ref(self) -> DatasetRef:
+        """Raises RunNotFound where the run has no dataset, which is written before `run.json`."""
+        index = self.dataset()
+        if index is None:
+            raise RunNotFound(f"the record of run {self.run_id} lacks its dataset index", hint="start a new run")
+        return DatasetRef(
+            root=index.root,
+            index_uri=f"{self.uri}/{RunLayout.DATASET}",
+            version=index.version,
+            name=index.name,
+            image_count=len(index.images),
+        )
 
     def write_dataset(self, index: DatasetIndex) -> str:
         """Stores the checked index unless one is there; returns its URI."""
@@ -167,12 +186,14 @@ class RunRecord:
     def write_receipt(self, attempt: int, receipt: Receipt) -> None:
         self._create(self._name(attempt, AttemptLayout.RECEIPT), receipt)
 
-    def cancel_request(self) -> CancelRequest | None:
-        return self._read(RunLayout.CANCEL, CancelRequest)
+    def cancel_request(self, attempt: int) -> CancelRequest | None:
+        request = self._read(RunLayout.CANCEL, CancelRequest)
+        return request if request is not None and request.attempt == attempt else None
 
     def request_cancel(self, request: CancelRequest) -> None:
-        """The first to ask stands."""
-        self._create(RunLayout.CANCEL, request)
+        """The first to ask for this attempt stands."""
+        if self.cancel_request(request.attempt) is None:
+            self.folder.put(RunLayout.CANCEL, request.model_dump_json(indent=1).encode())
 
     def add_event(self, kind: str, message: str, **data: JsonValue) -> None:
         event = Event(kind=kind, message=message, data=data)

@@ -172,8 +172,8 @@ def cancel(run: str, why: str, as_json: bool) -> None:
     if attempts and next_step_of(record, max_attempts=1).action is Action.DONE:
         click.echo(json.dumps(summarize(record)) if as_json else f"run {record.run_id} is over: {describe_status(observe(record)[0])}")
         return
-    record.request_cancel(CancelRequest(asked_by=f"{getpass.getuser()}@{socket.gethostname()}", why=why))
     provider, ref = provider_of(record), latest_ref(record)
+    record.request_cancel(CancelRequest(attempt=ref.attempt, asked_by=f"{getpass.getuser()}@{socket.gethostname()}", why=why))
     provider.cancel(ref)
     seen = wait_until_over(provider, ref)
     if not seen.state.is_terminal:

@@ -23,7 +23,7 @@ from blocks.provider import Provider
 from blocks.record import Outcome, RunFile, RunRecord, remember_output, request_hash
 from flows.reporting import ProgressReporter
 from flows.watching import Listener, watch
-from trainer.contract import DatasetRef, ExitCode, TrainerError
+from trainer.contract import ExitCode, TrainerError
 from trainer.dataset import DatasetIndex, check_dataset
 
 
@@ -41,26 +41,6 @@ RETRIES: dict[str, Any] = {
 }
 
 
-@task(name="open run", **RETRIES)
-def open_run(request: TrainRequest, run_id: str, provider: Provider[Any], output_uri: str, flow_run_id: str) -> RunFile:
-    """The run's record: created, or found and held against this request."""
-    record = RunRecord(output_uri, run_id)
-    remember_output(record.output_uri)
-    return record.open(
-        RunFile(
-            run_id=run_id,
-            name=request.name or display_name(Path(request.dataset).stem, request.config.weights or request.config.model),
-            request=request.model_dump(mode="json"),
-            request_hash=request_hash(request),
-            provider=provider.NAME,
-            settings=provider.settings.model_dump(mode="json"),
-            owner=getpass.getuser(),
-            flow_run_id=flow_run_id,
-            versions={name: importlib.metadata.version(name) for name in ("trainyard", "prefect")},
-        )
-    )
-
-
 @task(name="check provider", **RETRIES)
 def check_provider(provider: Provider[Any]) -> None:
     """Refuses before anything is staged where the provider cannot train. Raises ConfigError with every line that is not ok."""
@@ -73,27 +53,18 @@ def check_provider(provider: Provider[Any]) -> None:
 
 
 @task(name="dataset", **RETRIES)
-def prepare_dataset(record: RunRecord, request: TrainRequest) -> DatasetRef:
-    """The checked dataset of the run: the stored index, or a new one. Raises TrainerError where the set is refused."""
-    index = record.dataset()
-    if index is None:
-        path = Path(request.dataset)
-        if not path.is_absolute():
-            raise TrainerError(
-                f"the dataset {request.dataset!r} is a relative path, and the folder it is relative to is not known here",
-                hint="give the absolute path as the machine of the worker sees it",
-                code=ExitCode.CONFIG,
-            )
-        index = check_dataset(path, task=request.config.task, split=request.split, max_problem_share=request.max_problem_share)
-        record.write_dataset(index)
+def read_dataset(request: TrainRequest) -> DatasetIndex:
+    """The checked dataset. Raises TrainerError where the set is refused."""
+    path = Path(request.dataset)
+    if not path.is_absolute():
+        raise TrainerError(
+            f"the dataset {request.dataset!r} is a relative path, and the folder it is relative to is not known here",
+            hint="give the absolute path as the machine of the worker sees it",
+            code=ExitCode.CONFIG,
+        )
+    index = check_dataset(path, task=request.config.task, split=request.split, max_problem_share=request.max_problem_share)
     log_dataset(index)
-    return DatasetRef(
-        root=index.root,
-        index_uri=f"{record.uri}/dataset.json",
-        version=index.version,
-        name=index.name,
-        image_count=len(index.images),
-    )
+    return index
 
 
 def log_dataset(index: DatasetIndex) -> None:
@@ -104,6 +75,28 @@ def log_dataset(index: DatasetIndex) -> None:
         logger.warning("left out: %s: %s", problem.path, problem.message)
     for note in index.notes:
         logger.info("note: %s", note)
+
+
+@task(name="open run", **RETRIES)
+def open_run(record: RunRecord, request: TrainRequest, provider: Provider[Any], flow_run_id: str, index: DatasetIndex | None) -> RunFile:
+    """The run's record: made with its dataset, or found (no index: it is there) and held against this request."""
+    if index is not None:
+        # The dataset first: a run that exists has one.
+        record.write_dataset(index)
+        remember_output(record.output_uri)
+    return record.open(
+        RunFile(
+            run_id=record.run_id,
+            name=request.name or display_name(Path(request.dataset).stem, request.config.weights or request.config.model),
+            request=request.model_dump(mode="json"),
+            request_hash=request_hash(request),
+            provider=provider.NAME,
+            settings=provider.settings.model_dump(mode="json"),
+            owner=getpass.getuser(),
+            flow_run_id=flow_run_id,
+            versions={name: importlib.metadata.version(name) for name in ("trainyard", "prefect")},
+        )
+    )
 
 
 @task(name="plan", **RETRIES)

@@ -56,11 +56,12 @@ def cancel_job(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> No
     output = parameters.get("output") or load_profile(parameters.get("profile", "local")).output or default_output_uri()
     record = RunRecord(output, run_id)
     run = record.run()
-    record.request_cancel(CancelRequest(asked_by=f"Prefect flow run {flow_run.name}", why="cancelled in Prefect"))
     provider = load_provider(run.provider, run.settings)
     for attempt in record.attempts():
         ref = record.ref(attempt)
         if ref is not None and record.outcome(attempt) is None:
+            request = CancelRequest(attempt=attempt, asked_by=f"Prefect flow run {flow_run.name}", why="cancelled in Prefect")
+            record.request_cancel(request)
             provider.cancel(ref)
 
 
@@ -123,8 +124,13 @@ def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Pr
     provider = saved.provider()
     output_uri = output or saved.output or default_output_uri()
     identity = choose_run_id(run_id, run_key, flow_run_id)
-    run = job_tasks.open_run(request, identity, provider, output_uri, flow_run_id)
     record = RunRecord(output_uri, identity)
+    index = None
+    if not record.exists():
+        # What is refused is refused before anything is written.
+        job_tasks.check_provider(provider)
+        index = job_tasks.read_dataset(request)
+    run = job_tasks.open_run(record, request, provider, flow_run_id, index)
     listener = LISTENER.get()
 
     step = next_step_of(record, max_attempts=max_attempts, resume=resume)
@@ -140,14 +146,12 @@ def run_attempt(provider: Provider[Any], record: RunRecord, run: RunFile, reques
     """One attempt from its plan to its outcome. An open attempt is adopted: its dataset may not be on this machine."""
     plan = record.plan(step.attempt)
     if plan is None:
-        job_tasks.check_provider(provider)
-        dataset = job_tasks.prepare_dataset(record, request)
         spec = JobSpec(
             run_id=run.run_id,
             attempt=step.attempt,
             name=run.name,
             config=request.config,
-            dataset=dataset,
+            dataset=record.dataset_ref(),
             resources=request.resources,
             output_uri=record.output_uri,
             max_runtime_seconds=request.max_runtime_seconds,

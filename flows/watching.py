@@ -64,7 +64,7 @@ def watch(
             listener(status)
             if status.state.is_terminal:
                 return status
-            if not asked_to_stop and _must_stop(record, status, deadline):
+            if not asked_to_stop and _must_stop(record, ref, status, deadline):
                 provider.cancel(ref)
                 asked_to_stop = True
             now_seen = (status.state, status.message, status.progress.epoch if status.progress else 0)
@@ -72,8 +72,8 @@ def watch(
         sleep(next_delay(quiet, failed, provider.CAPABILITIES.poll_seconds, random.random()))
 
 
-def _must_stop(record: RunRecord, status: JobStatus, deadline: datetime) -> bool:
+def _must_stop(record: RunRecord, ref: JobRef, status: JobStatus, deadline: datetime) -> bool:
     """Somebody's wish to cancel whose call to the provider was lost, or a job over its time."""
     if status.state is JobState.STOPPING:
         return False
-    return record.cancel_request() is not None or utc_now() > deadline
+    return record.cancel_request(ref.attempt) is not None or utc_now() > deadline

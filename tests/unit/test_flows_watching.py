@@ -100,7 +100,7 @@ def test_terminal_errors_pass_through(tmp_path: Path) -> None:
 
 
 def test_a_stored_wish_to_cancel_reaches_the_provider_once(tmp_path: Path) -> None:
-    RunRecord(str(tmp_path), "watch1").request_cancel(CancelRequest(asked_by="me"))
+    RunRecord(str(tmp_path), "watch1").request_cancel(CancelRequest(attempt=1, asked_by="me"))
     provider = ScriptedProvider([JobState.RUNNING, JobState.RUNNING, JobState.CANCELLED])
     observe(tmp_path, provider)
     assert provider.cancelled == 1
