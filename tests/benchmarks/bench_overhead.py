@@ -1,6 +1,6 @@
 """What orchestration costs: the flow `train`, from entry to return, beside the same training called directly.
 
-    uv run python tests/benchmarks/bench_overhead.py [--pairs 5] [--epochs 25]
+    uv run python -m tests.benchmarks.bench_overhead [--pairs 5] [--epochs 25]
 
 Starts a Prefect server of its own, then runs interleaved pairs, each run in a fresh process. Imports are excluded on
 both sides: the direct run imports the framework before its clock starts; of the flow's time, the seconds that the
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.e2e.conftest import Stack, free_port, stop, wait_for
+from tests.stack import Stack, running_stack
+from trainer.shapes import write_shapes
 
 DIRECT = """
 import json, sys, time
@@ -84,32 +84,15 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=25)
     options = parser.parse_args()
-    from trainer.shapes import write_shapes
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        dataset = write_shapes(folder / "shapes")
-        port = free_port()
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")} | {
-            "PREFECT_HOME": str(folder / "prefect"),
-            "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "DO_NOT_TRACK": "1",
-            "TRAINYARD_HOME": str(folder / "home"),
-        }
-        stack = Stack(folder, environment)
-        server = stack.spawn("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), log="server.log")
-        try:
-            wait_for("the Prefect server answers", stack.healthy, 180)
-            pairs = [
-                (
-                    measure(stack, DIRECT, number, "direct", dataset, options.epochs),
-                    measure(stack, FLOW, number, "flow", dataset, options.epochs),
-                )
-                for number in range(options.pairs)
-            ]
-        finally:
-            stop(server)
+    with tempfile.TemporaryDirectory() as name, running_stack(Path(name)) as stack:
+        dataset = write_shapes(stack.folder / "shapes")
+        pairs = [
+            (
+                measure(stack, DIRECT, number, "direct", dataset, options.epochs),
+                measure(stack, FLOW, number, "flow", dataset, options.epochs),
+            )
+            for number in range(options.pairs)
+        ]
     return report(pairs)
 
 

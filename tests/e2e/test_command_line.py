@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import BIN, Stack, stop, wait_for
+from tests.stack import BIN, Stack, stop, wait_for
 from trainer.contract import ExitCode
 
 pytestmark = pytest.mark.e2e

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from blocks.naming import run_id_of_flow_run
-from tests.e2e.conftest import BIN, Stack, stop, wait_for
+from tests.stack import BIN, Stack, stop, wait_for
 
 pytestmark = pytest.mark.e2e
 
