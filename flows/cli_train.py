@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from blocks.attempts import Action, next_step_of
 from blocks.errors import ConfigError
-from blocks.job import TrainRequest, canonical_json
+from blocks.job import JobState, TrainRequest, canonical_json
 from blocks.provider import describe_validation
 from blocks.record import RunRecord, all_runs, find_run, home, request_hash
 from flows import prefect_settings
@@ -119,7 +119,10 @@ def read_request_file(path: str) -> dict[str, Any]:
     known = [*TrainRequest.model_fields, *TrainConfig.model_fields]
     for name in values:
         if name not in known:
-            raise ConfigError(f"{path}: {unknown_name_message('field', str(name), known)}")
+            raise ConfigError(
+                f"{path}: {unknown_name_message('field', str(name), known)}",
+                hint="mend the file; `trainyard train --help` describes every field",
+            )
     config = {name: values.pop(name) for name in list(values) if name in TrainConfig.model_fields}
     return {**values, "config": {**(values.get("config") or {}), **config}}
 
@@ -204,7 +207,7 @@ def resume(run: str, as_json: bool) -> None:
     stored = record.run()
     step = next_step_of(record, max_attempts=1)
     outcome = record.outcome(step.attempt) if step.action is Action.DONE else None
-    if outcome is not None and outcome.result is not None:
+    if outcome is not None and outcome.state is JobState.SUCCEEDED:
         raise ConfigError(
             f"run {record.run_id} succeeded; there is nothing to go on with", hint="start a new run with --weights and its model.pt"
         )

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -87,8 +88,16 @@ class Stack:
             data=None if body is None else json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+        for patience in (0.5, 1.0, 2.0, 4.0):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as exc:
+                # SQLite under load: the server asks to come again.
+                if exc.code != 503:
+                    raise
+            time.sleep(patience)
+        raise AssertionError(f"the server stays busy: {path}")
 
     def healthy(self) -> bool:
         with suppress(OSError):

@@ -48,7 +48,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> AttemptLayout:
     """An attempt of four epochs whose process was killed in the third."""
     layout = make_attempt(tmp_path_factory.mktemp("killed"), epochs=4)
     process = start_fit(layout)
-    wait_until((layout / "checkpoints" / "epoch-0002.pt").exists, process)
+    # The checkpoint comes first, the epoch's line a moment later.
+    progress = layout / AttemptLayout.PROGRESS_LINES
+    wait_until(lambda: progress.exists() and len(progress.read_text().splitlines()) == 2, process)
     process.kill()
     process.wait()
     return layout
