@@ -77,9 +77,14 @@ def class_table(evaluation: dict[str, Any]) -> list[str]:
         return []
     lines = ["| class | instances | precision | recall | mAP50 | mAP50-95 |", "|---|---|---|---|---|---|"]
     for row in rows:
-        figures = " | ".join(f"{row[name]:.3f}" for name in ("precision", "recall", "map50", "map50_95"))
+        figures = " | ".join(format_figure(row[name]) for name in ("precision", "recall", "map50", "map50_95"))
         lines.append(f"| {row['name']} | {row['instances']} | {figures} |")
     return [*lines, ""]
+
+
+def format_figure(value: float | None) -> str:
+    """A class that the split does not show has no figures."""
+    return "" if value is None else f"{value:.3f}"
 
 
 def dataset_lines(index: DatasetIndex) -> list[str]:

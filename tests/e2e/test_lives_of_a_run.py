@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from blocks.naming import run_id_of_flow_run
@@ -127,6 +128,25 @@ def test_killed_command_line_attaches_again(stack: Stack, shapes: Path, tmp_path
     assert {"run_id", "state", "model_uri", "manifest_uri", "metrics", "cost_usd", "duration_seconds"} <= summary.keys()
     one_attempt_with_a_model(stack, folder.name)
     assert set((stack.home / "runs").iterdir()) - before == {folder}
+
+
+def test_killed_trainer_is_replaced_by_an_attempt_that_goes_on(stack: Stack, shapes: Path) -> None:
+    """Supervisor and fit are killed while the flow watches: the next attempt resumes, no more than an epoch is lost."""
+    options = [part for name, value in LONG.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    before = set((stack.home / "runs").iterdir()) if (stack.home / "runs").exists() else set()
+    command = stack.spawn("trainyard", "train", str(shapes), *options, "--name", "to-be-killed", log="killed.log")
+    [folder] = wait_for("the run's folder", lambda: set((stack.home / "runs").iterdir()) - before, 120)
+    wait_until_training(stack, folder.name)
+    for process in [other for other in psutil.process_iter(["cmdline"]) if folder.name in " ".join(other.info["cmdline"] or [])]:
+        process.kill()
+    assert command.wait(180) == 0, (stack.folder / "killed.log").read_text()
+    first, second = (
+        [json.loads(line)["epoch"] for line in (folder / f"attempts/{number}/progress.jsonl").read_text().splitlines()] for number in (1, 2)
+    )
+    assert len(first) <= second[0] <= len(first) + 2
+    assert second[-1] == LONG["epochs"]
+    outcomes = [json.loads((folder / f"attempts/{number}/outcome.json").read_text())["state"] for number in (1, 2)]
+    assert outcomes == ["failed", "succeeded"]
 
 
 @pytest.mark.usefixtures("worker")
