@@ -13,7 +13,7 @@ from rich.table import Table
 
 from blocks.job import JobStatus
 from blocks.record import RunRecord
-from flows.reporting_text import describe_status, format_seconds
+from flows.reporting_text import dataset_lines, describe_status, format_seconds
 
 
 def stderr_console() -> Console:
@@ -48,12 +48,15 @@ class TrainingDisplay:
             self.bar.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(text)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def on_status(self, record: RunRecord, status: JobStatus) -> None:
         if self.record is None:
             self.record = record
             self.say(f"run {record.run_id}, record at {record.uri}")
+            index = record.dataset()
+            for line in [] if index is None else dataset_lines(index):
+                self.say(line)
         if self.bar is None:
             self._plain(status)
         else:
@@ -87,8 +90,9 @@ def describe_live(status: JobStatus) -> str:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=240)  # a pipe has no width: never cut a column there
     table = Table(*columns, title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    # A pipe has no width: never cut a column there.
-    console.print(table, width=None if console.is_terminal else 200)
+    console.print(table)

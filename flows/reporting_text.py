@@ -89,10 +89,10 @@ def format_figure(value: float | None) -> str:
 
 def dataset_lines(index: DatasetIndex) -> list[str]:
     counts = ", ".join(f"{index.count(name)} {name}" for name in ("train", "val", "test"))
-    lines = [f"Dataset **{index.name}** ({index.format}), version `{index.version[:12]}`: {counts} images."]
+    lines = [f"Dataset {index.name} ({index.format}), version {index.version[:12]}: {counts} images."]
     lines += [f"- {note}" for note in index.notes]
-    lines += [f"- left out: {problem.path}: {problem.message}" for problem in index.problems[:20]]
-    lines += [f"- and {len(index.problems) - 20} more" for _ in range(len(index.problems) > 20)]
+    lines += [f"- left out: {problem.path}: {problem.message}" for problem in index.problems[:10]]
+    lines += [f"- and {len(index.problems) - 10} more: `trainyard dataset check` lists all" for _ in range(len(index.problems) > 10)]
     return lines
 
 
