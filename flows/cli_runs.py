@@ -127,6 +127,10 @@ def status(run: str, as_json: bool) -> None:
     if row["reason"]:
         click.echo(f"  reason   {row['reason']}: {row['message']}")
         click.echo(f"  next     {row['hint'] or f'trainyard logs {record.run_id}'}")
+    if row["model_uri"]:
+        click.echo(
+            f"  figures  mAP50 {row['metrics']['map50']:.3f}, mAP50-95 {row['metrics']['map50_95']:.3f} on the {row['metrics_split']} split"
+        )
     for name in ("model_uri", "record_uri"):
         if row[name]:
             click.echo(f"  {name.removesuffix('_uri'):8} {row[name]}")

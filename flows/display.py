@@ -82,7 +82,7 @@ def describe_live(status: JobStatus) -> str:
     if progress is None or not progress.steps:
         return describe_status(status)
     parts = [f"{progress.phase.value} {min(progress.epoch + 1, progress.epochs)}/{progress.epochs} step {progress.step}/{progress.steps}"]
-    parts += [f"mAP50 {progress.metrics['map50']:.3f}"] if "map50" in progress.metrics else []
+    parts += [f"val mAP50 {progress.metrics['map50']:.3f}"] if "map50" in progress.metrics else []
     parts += [f"{progress.images_per_second:.0f} images/s"] if progress.images_per_second else []
     parts += [f"ETA {format_seconds(progress.eta_seconds)}"] if progress.eta_seconds else []
     return ", ".join(parts)

@@ -16,7 +16,8 @@ def describe_status(status: JobStatus) -> str:
     progress = status.progress
     if progress is not None and progress.epoch:
         parts.append(f"epoch {progress.epoch}/{progress.epochs}")
-        parts += [f"{name} {progress.metrics[name]:.3f}" for name in ("map50", "map50_95") if name in progress.metrics]
+        names = {"map50": "val mAP50", "map50_95": "mAP50-95"}
+        parts += [f"{label} {progress.metrics[name]:.3f}" for name, label in names.items() if name in progress.metrics]
         parts += [f"{progress.images_per_second:.0f} images/s"] if progress.images_per_second else []
         parts += [f"ETA {format_seconds(progress.eta_seconds)}"] if progress.eta_seconds and not status.state.is_terminal else []
     if status.message:

@@ -20,7 +20,7 @@ def test_status_in_one_line() -> None:
         attempt=1, phase=Phase.TRAINING, epoch=3, epochs=20, metrics={"map50": 0.4321}, images_per_second=14.2, eta_seconds=75
     )
     line = describe_status(JobStatus(state=JobState.RUNNING, progress=progress, message="all is well"))
-    assert line == "running, epoch 3/20, map50 0.432, 14 images/s, ETA 1m15s, all is well"
+    assert line == "running, epoch 3/20, val mAP50 0.432, 14 images/s, ETA 1m15s, all is well"
 
 
 def test_report_tells_the_verdict_first_and_knows_classes_without_figures() -> None:
