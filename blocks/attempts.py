@@ -10,6 +10,7 @@ from blocks.errors import JobFailed, ResultMissing, RunCancelled
 from blocks.job import FailureReason, JobRef, JobState, JobStatus, Result
 from blocks.provider import Provider
 from blocks.record import Outcome, Receipt, RunRecord
+from trainer.contract import EXIT_REASONS, TrainyardError
 
 
 class Action(StrEnum):
@@ -53,7 +54,10 @@ def next_step(outcomes: list[Outcome | None], *, max_attempts: int, resume: bool
 
 
 def next_step_of(record: RunRecord, *, max_attempts: int, resume: bool = False) -> Step:
-    outcomes = [record.outcome(attempt) for attempt in record.attempts()]
+    attempts = record.attempts()
+    outcomes = [record.outcome(attempt) for attempt in attempts]
+    if outcomes and outcomes[-1] is not None and record.cancel_request(attempts[-1]) is not None and not resume:
+        return Step(Action.DONE, attempts[-1], "it was cancelled")
     return next_step(outcomes, max_attempts=max_attempts, resume=resume)
 
 
@@ -77,9 +81,11 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
                 cost_usd=status.cost_usd,
             ),
         )
+    # Whatever ended it: after a person asked to stop, nothing follows.
+    cancelled = asked is not None and status.state is not JobState.SUCCEEDED
     outcome = Outcome(
-        state=status.state,
-        reason=status.reason,
+        state=JobState.CANCELLED if cancelled else status.state,
+        reason=None if cancelled else status.reason,
         message=status.message,
         hint=status.hint,
         exit_code=status.exit_code,
@@ -88,6 +94,16 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
         status=status,
     )
     return record.write_outcome(ref.attempt, outcome)
+
+
+def close_unsubmitted(
+    record: RunRecord, attempt: int, *, state: JobState = JobState.CANCELLED, error: TrainyardError | None = None
+) -> Outcome:
+    """Closes an attempt that has a plan and no job: cancelled, or refused by the provider when it was submitted."""
+    reason = EXIT_REASONS.get(error.code, FailureReason.UNKNOWN) if error is not None else None
+    message, hint = (error.message, error.hint) if error is not None else ("cancelled before it was submitted", "")
+    status = JobStatus(state=state, reason=reason, message=message, hint=hint, cost_usd=0.0)
+    return record.write_outcome(attempt, Outcome(state=state, reason=reason, message=message, hint=hint, status=status))
 
 
 def collect_what_there_is(provider: Provider[Any], ref: JobRef, status: JobStatus) -> Result | None:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import JsonValue, ValidationError
 
-from blocks.errors import ConfigError, ProviderError, ResultMissing
+from blocks.errors import ConfigError, ProviderError, ResultMissing, ServiceUnavailable
 from blocks.errors import PlanChanged as PlanChangedError
 from blocks.job import (
     Capabilities,
@@ -82,8 +82,8 @@ class Provider(ABC, Generic[Settings]):
         return (*problems, *self._validate(spec))
 
     @abstractmethod
-    def check(self) -> CheckReport:
-        """Live and free of charge: can this profile train here? Per line ok, or the problem and what mends it."""
+    def check(self, output_uri: str = "") -> CheckReport:
+        """Live and free of charge: can this profile train here, and write there? Per line ok, or the problem and what mends it."""
 
     def plan(self, spec: JobSpec) -> Plan:
         """Pure given the price table. Raises ConfigError with all problems of `validate`."""
@@ -129,10 +129,10 @@ class Provider(ABC, Generic[Settings]):
             if found is None:
                 try:
                     found = self._create(plan)
-                except AlreadyExists:
+                except AlreadyExists as exc:
                     found = self._find(plan)
                     if found is None:
-                        raise
+                        raise ServiceUnavailable(f"the job was not created: {exc}", hint="the log of the attempt may tell why") from exc
         if found.fingerprint != plan.fingerprint:
             raise PlanChangedError(
                 f"attempt {plan.spec.attempt} of run {plan.spec.run_id} already has a job from another request",

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from pydantic import AwareDatetime, Field, JsonValue
+from pydantic import AwareDatetime, Field, JsonValue, ValidationError
 
 from blocks.errors import ConfigError, PlanChanged, RunNotFound
 from blocks.job import FailureReason, JobRef, JobState, JobStatus, Plan, Result, TrainRequest, fingerprint
@@ -231,7 +232,12 @@ def known_outputs() -> list[str]:
 def all_runs() -> list[RunRecord]:
     """Every run of the known output folders, oldest first."""
     records = [RunRecord(uri, name) for uri in known_outputs() for name in ObjectFolder(uri).names()]
-    dated = [(record.run().created_at, record) for record in records if record.folder.get(RunLayout.RUN)]
+    dated: list[tuple[datetime, RunRecord]] = []
+    for record in records:
+        try:
+            dated.append((record.run().created_at, record))
+        except (RunNotFound, ValidationError):  # somebody else's folder, or damage: not a run of ours
+            continue
     return [record for _, record in sorted(dated, key=lambda pair: pair[0])]
 
 

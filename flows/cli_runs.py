@@ -14,9 +14,9 @@ from typing import Any
 import click
 
 from blocks import load_provider
-from blocks.attempts import Action, close, next_step_of
+from blocks.attempts import Action, close, close_unsubmitted, next_step_of
 from blocks.errors import ConfigError, JobNotFound
-from blocks.job import JobRef, JobState, JobStatus
+from blocks.job import JobRef, JobState, JobStatus, TrainRequest
 from blocks.provider import Provider
 from blocks.record import CancelRequest, RunRecord, all_runs, find_run
 from flows.display import print_table
@@ -173,11 +173,22 @@ def cancel(run: str, why: str, as_json: bool) -> None:
     """Stop RUN, and wait until it is over (at most 20 s)."""
     record = find_run(run)
     attempts = record.attempts()
-    if attempts and next_step_of(record, max_attempts=1).action is Action.DONE:
+    step = next_step_of(record, max_attempts=TrainRequest.model_validate(record.run().request).max_attempts)
+    if attempts and step.action is Action.START:
+        # Between two attempts: nothing runs, and with this request nothing follows.
+        record.request_cancel(CancelRequest(attempt=attempts[-1], asked_by=f"{getpass.getuser()}@{socket.gethostname()}", why=why))
+        step = next_step_of(record, max_attempts=1)
+    if attempts and step.action is Action.DONE:
         click.echo(json.dumps(summarize(record)) if as_json else f"run {record.run_id} is over: {describe_status(observe(record)[0])}")
         return
-    provider, ref = provider_of(record), latest_ref(record)
-    record.request_cancel(CancelRequest(attempt=ref.attempt, asked_by=f"{getpass.getuser()}@{socket.gethostname()}", why=why))
+    if not attempts:
+        raise ConfigError(f"run {record.run_id} has no attempt yet", hint=f"`trainyard status {record.run_id}`")
+    provider, ref = provider_of(record), record.ref(attempts[-1])
+    record.request_cancel(CancelRequest(attempt=attempts[-1], asked_by=f"{getpass.getuser()}@{socket.gethostname()}", why=why))
+    if ref is None:
+        outcome = close_unsubmitted(record, attempts[-1])
+        click.echo(json.dumps(summarize(record)) if as_json else f"run {record.run_id} is {outcome.state.value}; it had no job yet")
+        return
     provider.cancel(ref)
     seen = wait_until_over(provider, ref)
     if not seen.state.is_terminal:

@@ -19,8 +19,9 @@ from blocks.provider import describe_validation
 from blocks.record import RunRecord, all_runs, find_run, home, request_hash
 from flows import prefect_settings
 from flows.display import TrainingDisplay, stderr_console
-from flows.reporting_text import format_cost, format_seconds
+from flows.reporting_text import format_cost, format_figure, format_seconds
 from trainer.contract import AttemptLayout, RunLayout, SplitConfig, TrainConfig, unknown_name_message
+from trainer.dataset import changed_files
 from trainer.storage import to_path
 
 # Fields of the request that have an option of their own; the others are set in a YAML file.
@@ -97,9 +98,9 @@ def build_request(dataset: str, options: dict[str, Any]) -> TrainRequest:
             values[name] = value
     if options.get("model_param"):
         config["model_params"] = {**config.get("model_params", {}), **dict(parse_pair(pair) for pair in options["model_param"])}
-    config = {**config, **{name: absolute(config[name]) for name in ("weights", "model") if config.get(name)}}
+    config |= {name: absolute(config[name]) for name in ("weights", "model") if isinstance(config.get(name), str)}
     values |= {"dataset": absolute_path(dataset), "config": config, "split": split}
-    if values.get("output") and "://" not in values["output"]:
+    if isinstance(values.get("output"), str):
         values["output"] = absolute_path(values["output"])
     try:
         return TrainRequest.model_validate(values)
@@ -111,11 +112,16 @@ def read_request_file(path: str) -> dict[str, Any]:
     """The fields of a YAML file: those of the request, and those of the config at the top level or under `config`."""
     try:
         loaded = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as exc:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
         raise ConfigError(f"cannot read {path}: {exc}", hint="give a YAML file with fields such as `epochs: 30`") from exc
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} holds no fields", hint="write one per line, such as `epochs: 30`")
     values = cast("dict[str, Any]", loaded)
+    for name in ("config", "split", "resources"):
+        if not isinstance(values.get(name, {}), dict):
+            raise ConfigError(f"{path}: {name} holds fields, not {values[name]!r}", hint=f"write its fields below `{name}:`")
+    if "dataset" in values:
+        raise ConfigError(f"{path}: the dataset is given on the command line", hint="leave it out of the file")
     known = [*TrainRequest.model_fields, *TrainConfig.model_fields]
     for name in values:
         if name not in known:
@@ -129,16 +135,19 @@ def read_request_file(path: str) -> dict[str, Any]:
 
 def parse_pair(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
-    if not equals:
+    if not equals or not key:
         raise ConfigError(f"{text!r} is not KEY=VALUE", hint="for example --model-param mosaic=0.5")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"--model-param {text}: {value!r} is no value", hint="for example --model-param mosaic=0.5") from exc
 
 
 def json_or_file(text: str) -> Any:
     """JSON itself, or the JSON or YAML of a file."""
     try:
-        return yaml.safe_load(Path(text).read_text() if Path(text).is_file() else text)
-    except yaml.YAMLError as exc:
+        return yaml.safe_load(text if text.lstrip().startswith(("[", "{")) else Path(text).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
         raise ConfigError(f"augmentations: neither JSON nor a file: {exc}", hint='[{"transform": "HorizontalFlip", "p": 0.5}]') from exc
 
 
@@ -238,8 +247,14 @@ def find_open_run(request: TrainRequest) -> str | None:
     """The newest run of this very request that is not over."""
     wanted = request_hash(request)
     for record in reversed(all_runs()):
-        if record.run().request_hash == wanted and next_step_of(record, max_attempts=request.max_attempts).action is not Action.DONE:
-            return record.run_id
+        if record.run().request_hash != wanted or next_step_of(record, max_attempts=request.max_attempts).action is Action.DONE:
+            continue
+        index = record.dataset()
+        changed = changed_files(index, Path(index.root)) if index is not None else []
+        if changed:
+            stderr_console().print(f"does not attach to run {record.run_id}: {changed[0]} changed since; this is a new run")
+            continue
+        return record.run_id
     return None
 
 
@@ -281,7 +296,8 @@ def tell_detached(record: RunRecord | None) -> None:
 def print_summary(summary: dict[str, Any]) -> None:
     metrics = summary["metrics"]
     attempt = to_path(summary["manifest_uri"]).parent
-    figures = f"mAP50 {metrics['map50']:.3f}, mAP50-95 {metrics['map50_95']:.3f} on the {summary['metrics_split']} split"
+    map50, map50_95 = (format_figure(metrics.get(name)) for name in ("map50", "map50_95"))
+    figures = f"mAP50 {map50}, mAP50-95 {map50_95} on the {summary['metrics_split']} split"
     click.secho(f"{summary['name']} trained in {format_seconds(summary['duration_seconds'])}: {figures}", fg="green")
     click.echo(f"  model    {to_path(summary['model_uri'])}")
     click.echo(f"  report   {attempt.parents[1] / RunLayout.REPORT}")

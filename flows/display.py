@@ -10,6 +10,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from blocks.job import JobStatus
 from blocks.record import RunRecord
@@ -36,7 +37,7 @@ class TrainingDisplay:
                 TextColumn("{task.percentage:>3.0f} %"),
                 TimeElapsedColumn(),
             )
-            self.bar = Progress(*columns, TextColumn("{task.fields[detail]}"), console=self.console, transient=True)
+            self.bar = Progress(*columns, TextColumn("{task.fields[detail]}", markup=False), console=self.console, transient=True)
 
     def __enter__(self) -> Self:
         if self.bar is not None:
@@ -94,5 +95,5 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         console = Console(highlight=False, width=240)  # a pipe has no width: never cut a column there
     table = Table(*columns, title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))  # plain: a class may be called [person]
     console.print(table)

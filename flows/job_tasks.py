@@ -15,8 +15,8 @@ from prefect import get_run_logger, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import exponential_backoff
 
-from blocks.attempts import close
-from blocks.errors import ConfigError, JobNotFound, TransientError
+from blocks.attempts import close, close_unsubmitted
+from blocks.errors import AuthError, ConfigError, JobNotFound, QuotaError, RunCancelled, TransientError
 from blocks.job import FailureReason, JobRef, JobSpec, JobState, JobStatus, Plan, TrainRequest
 from blocks.naming import display_name
 from blocks.provider import Provider
@@ -42,9 +42,9 @@ RETRIES: dict[str, Any] = {
 
 
 @task(name="check provider", **RETRIES)
-def check_provider(provider: Provider[Any]) -> None:
+def check_provider(provider: Provider[Any], output_uri: str) -> None:
     """Refuses before anything is staged where the provider cannot train. Raises ConfigError with every line that is not ok."""
-    report = provider.check()
+    report = provider.check(output_uri)
     for line in report.lines:
         get_run_logger().info("%s: %s%s", line.name, line.message, "" if line.ok else "  <- problem")
     bad = [line for line in report.lines if not line.ok]
@@ -112,8 +112,17 @@ def make_plan(provider: Provider[Any], record: RunRecord, spec: JobSpec) -> Plan
 def submit_job(provider: Provider[Any], record: RunRecord, plan: Plan) -> JobRef:
     """The attempt's job: the recorded one, or found or created from the stored plan."""
     ref = record.ref(plan.spec.attempt)
+    asked = record.cancel_request(plan.spec.attempt)
+    if ref is None and asked is not None:
+        close_unsubmitted(record, plan.spec.attempt)
+        raise RunCancelled(f"run {record.run_id} was cancelled by {asked.asked_by} before it was submitted")
     if ref is None:
-        ref = provider.submit(plan)
+        try:
+            ref = provider.submit(plan)
+        except (QuotaError, ConfigError, AuthError) as exc:
+            # Refused for good, and nothing was created: the attempt is over, not open for ever.
+            close_unsubmitted(record, plan.spec.attempt, state=JobState.FAILED, error=exc)
+            raise
         record.write_ref(ref)
         record.add_event("submitted", f"attempt {ref.attempt} is job {ref.native_id}", native_id=ref.native_id)
     get_run_logger().info("job %s (attempt %d), log: %s", ref.native_id, ref.attempt, ref.console_url)

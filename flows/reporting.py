@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from uuid import UUID
 
 from prefect.artifacts import (
@@ -27,6 +29,15 @@ REPORT_KEY = "training-report"
 MODEL_KEY = "trained-model"
 
 
+@contextmanager
+def best_effort(logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> Generator[None]:
+    """What Prefect shows must never end a training, or withhold a result that is paid for."""
+    try:
+        yield
+    except Exception as exc:
+        logger.warning("Prefect did not take an artifact: %s: %s", type(exc).__name__, exc)
+
+
 class ProgressReporter:
     """Tells Prefect once per epoch and on every change of state: artifacts cost about 10 ms each."""
 
@@ -43,6 +54,10 @@ class ProgressReporter:
             return
         self.seen = now
         self.logger.info(describe_status(status))
+        with best_effort(self.logger):
+            self._publish(status)
+
+    def _publish(self, status: JobStatus) -> None:
         percent = 100.0 if status.state is JobState.SUCCEEDED else 100.0 * status.progress.fraction if status.progress else 0.0
         if self.artifact_id is None:
             made = create_progress_artifact(percent, key=PROGRESS_KEY, description=f"run {self.run_id}")
@@ -51,13 +66,13 @@ class ProgressReporter:
             update_progress_artifact(self.artifact_id, percent, description=f"run {self.run_id}: {describe_status(status)}")
 
 
-def publish_report(record: RunRecord, run: RunFile, result: Result) -> None:
-    """The figures per epoch as a table, the report as markdown, and the model's place as a link."""
-    epochs = read_epochs(record)
-    index = record.dataset()
-    evaluation = read_json(to_path(result.model_uri).parents[1] / AttemptLayout.EVALUATION) or {}
-    create_table_artifact([epoch_row(progress) for progress in epochs], key=METRICS_KEY, description=f"{run.name} ({run.run_id}) per epoch")
-    report = build_report(run, result, index, evaluation)
+def publish_report(record: RunRecord, run: RunFile, result: Result, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
+    """`report.md` in the run's folder; the figures per epoch, the report and the model's place in Prefect."""
+    evaluation = read_json(to_path(result.manifest_uri).parent / AttemptLayout.EVALUATION) or {}
+    report = build_report(run, result, record.dataset(), evaluation)
     record.folder.put(RunLayout.REPORT, report.encode())
-    create_markdown_artifact(report, key=REPORT_KEY, description=f"{run.name} ({run.run_id})")
-    create_link_artifact(result.model_uri, link_text="model.pt", key=MODEL_KEY, description=f"{run.name} ({run.run_id})")
+    title = f"{run.name} ({run.run_id})"
+    with best_effort(logger):
+        create_table_artifact([epoch_row(progress) for progress in read_epochs(record)], key=METRICS_KEY, description=f"{title} per epoch")
+        create_markdown_artifact(report, key=REPORT_KEY, description=title)
+        create_link_artifact(result.model_uri, link_text="model.pt", key=MODEL_KEY, description=title)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from blocks.job import JobStatus, Result
 from blocks.record import RunFile, RunRecord
 from trainer.contract import METRIC_NAMES, AttemptLayout, Progress
@@ -38,7 +40,10 @@ def read_epochs(record: RunRecord) -> list[Progress]:
     for attempt in record.attempts():
         data = record.folder.get(f"attempts/{attempt}/{AttemptLayout.PROGRESS_LINES}") or b""
         for line in data.splitlines():
-            progress = Progress.model_validate_json(line)
+            try:
+                progress = Progress.model_validate_json(line)
+            except ValidationError:  # torn by a power cut or a full disk; the epochs around it are good
+                continue
             by_epoch[progress.epoch] = progress
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
@@ -53,8 +58,8 @@ def build_report(run: RunFile, result: Result, index: DatasetIndex | None, evalu
     lines = [
         f"# {run.name}",
         "",
-        f"**mAP50 {result.metrics['map50']:.3f}** on the {result.metrics_split} split"
-        f" (mAP50-95 {result.metrics['map50_95']:.3f}), best of {result.epochs} epochs: {result.best_epoch}.",
+        f"**mAP50 {format_figure(result.metrics.get('map50'))}** on the {result.metrics_split} split"
+        f" (mAP50-95 {format_figure(result.metrics.get('map50_95'))}), best of {result.epochs} epochs: {result.best_epoch}.",
         "",
         f"Model: `{result.model_uri}`",
         "",
@@ -85,7 +90,7 @@ def class_table(evaluation: dict[str, Any]) -> list[str]:
 
 def format_figure(value: float | None) -> str:
     """A class that the split does not show has no figures."""
-    return "" if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{value:.3f}"
 
 
 def dataset_lines(index: DatasetIndex) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
 from prefect.runtime import flow_run as current_flow_run
@@ -42,6 +42,14 @@ def choose_run_id(run_id: str | None, run_key: str | None, flow_run_id: str) -> 
 
 
 def name_flow_run() -> str:
+    """Never raises: what is wrong with a parameter is told by the flow, whose state then carries it."""
+    try:
+        return build_flow_run_name()
+    except Exception:
+        return f"train-{current_flow_run.id}"
+
+
+def build_flow_run_name() -> str:
     parameters = current_flow_run.parameters
     config = TrainConfig.model_validate(parameters.get("config") or {})
     name = parameters.get("name") or display_name(str(parameters["dataset"]).rstrip("/").rsplit("/", 1)[-1], config.weights or config.model)
@@ -128,7 +136,7 @@ def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Pr
     index = None
     if not record.exists():
         # What is refused is refused before anything is written.
-        job_tasks.check_provider(provider)
+        job_tasks.check_provider(provider, record.output_uri)
         index = job_tasks.read_dataset(request)
     run = job_tasks.open_run(record, request, provider, flow_run_id, index)
     listener = LISTENER.get()
@@ -138,7 +146,7 @@ def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Pr
         run_attempt(provider, record, run, request, step, lambda status: listener(record, status))
         step = next_step_of(record, max_attempts=max_attempts)
     result = result_of(record, step)
-    reporting.publish_report(record, run, result)
+    reporting.publish_report(record, run, result, get_run_logger())
     return summarize(run, result)
 
 

@@ -48,7 +48,9 @@ def watch(
     Raises ServiceUnavailable where the provider did not answer for long, and whatever terminal error a poll
     raises. Whoever leaves this loop by an exception leaves the job running: a lost watcher never stops a job.
     """
-    deadline = ref.submitted_at + timedelta(seconds=max_runtime_seconds + DEADLINE_MARGIN_SECONDS)
+    allowed = timedelta(seconds=max_runtime_seconds + DEADLINE_MARGIN_SECONDS)
+    # Waiting for a machine costs nothing and is no run time: the clock starts when the job was first seen to have one.
+    running_since: datetime | None = None
     quiet = failed = 0
     seen: tuple[object, ...] | None = None
     asked_to_stop = False
@@ -64,7 +66,10 @@ def watch(
             listener(status)
             if status.state.is_terminal:
                 return status
-            if not asked_to_stop and _must_stop(record, ref, status, deadline):
+            if running_since is None and status.state in (JobState.STARTING, JobState.RUNNING):
+                running_since = utc_now()
+            overdue = running_since is not None and utc_now() > running_since + allowed
+            if not asked_to_stop and _must_stop(record, ref, status, overdue=overdue):
                 provider.cancel(ref)
                 asked_to_stop = True
             now_seen = (status.state, status.message, status.progress.epoch if status.progress else 0)
@@ -72,8 +77,8 @@ def watch(
         sleep(next_delay(quiet, failed, provider.CAPABILITIES.poll_seconds, random.random()))
 
 
-def _must_stop(record: RunRecord, ref: JobRef, status: JobStatus, deadline: datetime) -> bool:
+def _must_stop(record: RunRecord, ref: JobRef, status: JobStatus, *, overdue: bool) -> bool:
     """Somebody's wish to cancel whose call to the provider was lost, or a job over its time."""
     if status.state is JobState.STOPPING:
         return False
-    return record.cancel_request(ref.attempt) is not None or utc_now() > deadline
+    return overdue or record.cancel_request(ref.attempt) is not None

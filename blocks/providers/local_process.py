@@ -8,6 +8,7 @@ job from any process that sees the folder, and never a stranger that was given t
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import shutil
@@ -66,8 +67,9 @@ class LocalProvider(Provider[LocalSettings]):
         spot=False, nodes=1, needs_image=False, max_runtime_seconds=28 * 86_400, poll_seconds=(0.25, 2.0)
     )
 
-    def check(self) -> CheckReport:
-        return CheckReport(provider=self.NAME, lines=(self._check_python(), self._check_disk(), self._check_machine()))
+    def check(self, output_uri: str = "") -> CheckReport:
+        disk = self._check_disk(to_path(output_uri) if output_uri else None)
+        return CheckReport(provider=self.NAME, lines=(self._check_python(), disk, self._check_machine()))
 
     def poll(self, ref: JobRef) -> JobStatus:
         return parse_status(read_native(AttemptLayout(to_path(ref.output_uri)), ref.run_id))
@@ -141,6 +143,8 @@ class LocalProvider(Provider[LocalSettings]):
     def _translate(self, exc: Exception) -> ProviderError | None:
         if isinstance(exc, PermissionError):
             return ConfigError(f"cannot write: {exc}", hint="choose another output folder, or mend its permissions")
+        if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            return QuotaError(f"the disk is full: {exc}", hint="free space, or choose another output folder")
         if isinstance(exc, OSError):
             return ServiceUnavailable(f"this machine refused: {exc}")
         return None

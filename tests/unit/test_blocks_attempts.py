@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from blocks.attempts import Action, next_step
-from blocks.job import FailureReason, JobState
-from blocks.record import Outcome
+from blocks.attempts import Action, next_step, next_step_of
+from blocks.job import FailureReason, JobSpec, JobState, Plan
+from blocks.record import CancelRequest, Outcome, RunRecord
+from trainer.contract import DatasetRef, TrainConfig
 
 DONE = Outcome(state=JobState.SUCCEEDED, epoch=5)
 CANCELLED = Outcome(state=JobState.CANCELLED, epoch=2)
@@ -50,3 +53,23 @@ def test_a_person_may_resume_what_is_over(outcome: Outcome) -> None:
 def test_success_and_open_attempts_are_not_resumed() -> None:
     assert next_step([DONE], max_attempts=3, resume=True).action is Action.DONE
     assert next_step([None], max_attempts=3, resume=True).action is Action.ADOPT
+
+
+def test_nothing_follows_an_attempt_that_a_person_wanted_stopped(tmp_path: Path) -> None:
+    """However it ended: a machine that broke while it was asked to stop is no reason to train on."""
+    record = RunRecord(str(tmp_path), "stop1234")
+    plan = make_plan(record)
+    record.write_plan(plan)
+    record.write_outcome(1, failed(FailureReason.INFRASTRUCTURE))
+    assert next_step_of(record, max_attempts=3).action is Action.START
+    record.request_cancel(CancelRequest(attempt=1, asked_by="me"))
+    assert next_step_of(record, max_attempts=3).action is Action.DONE
+    assert next_step_of(record, max_attempts=3, resume=True).action is Action.START
+
+
+def make_plan(record: RunRecord) -> Plan:
+    dataset = DatasetRef(root="/d", index_uri="file:///d", version="v", name="d", image_count=1)
+    spec = JobSpec(
+        run_id=record.run_id, name="n", config=TrainConfig(), dataset=dataset, output_uri=record.output_uri, max_runtime_seconds=60
+    )
+    return Plan(provider="local", spec=spec, instance_type="x", region="x", request={}, fingerprint="f")

@@ -39,5 +39,5 @@ def test_report_tells_the_verdict_first_and_knows_classes_without_figures() -> N
     row: dict[str, Any] = {"name": "rare", "instances": 0, **dict.fromkeys(("precision", "recall", "map50", "map50_95"))}
     lines = build_report(run, result, None, {"classes": [row]}).splitlines()
     assert lines[2].startswith("**mAP50 0.690** on the test split")
-    assert "| rare | 0 |  |  |  |  |" in lines
+    assert "| rare | 0 | - | - | - | - |" in lines
     assert "unknown" in "".join(lines), "no price, so no cost"

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 from blocks.errors import JobNotFound, RateLimited, ServiceUnavailable
 from blocks.job import JobRef, JobState, JobStatus
 from blocks.record import CancelRequest, RunRecord
-from flows.watching import MOST_FAILED_POLLS, next_delay, watch
+from flows.watching import DEADLINE_MARGIN_SECONDS, MOST_FAILED_POLLS, next_delay, watch
 from trainer.contract import utc_now
 
 BOUNDS = (1.0, 60.0)
@@ -54,9 +53,7 @@ class ScriptedProvider:
         self.cancelled += 1
 
 
-def observe(
-    tmp_path: Path, provider: Any, *, age_seconds: float = 0, max_runtime: float = 3600
-) -> tuple[list[JobState], list[float], RunRecord]:
+def observe(tmp_path: Path, provider: Any, *, max_runtime: float = 3600) -> tuple[list[JobState], list[float], RunRecord]:
     record = RunRecord(str(tmp_path), "watch1")
     ref = JobRef(
         provider="scripted",
@@ -65,7 +62,7 @@ def observe(
         attempt=1,
         output_uri=tmp_path.as_uri(),
         fingerprint="",
-        submitted_at=utc_now() - timedelta(seconds=age_seconds),
+        submitted_at=utc_now(),
     )
     states: list[JobState] = []
     sleeps: list[float] = []
@@ -106,7 +103,8 @@ def test_a_stored_wish_to_cancel_reaches_the_provider_once(tmp_path: Path) -> No
     assert provider.cancelled == 1
 
 
-def test_a_job_that_outlives_its_deadline_is_stopped(tmp_path: Path) -> None:
-    provider = ScriptedProvider([JobState.RUNNING, JobState.CANCELLED])
-    observe(tmp_path, provider, age_seconds=1000, max_runtime=60)
-    assert provider.cancelled == 1
+@pytest.mark.parametrize(("state", "cancels"), [(JobState.RUNNING, 1), (JobState.QUEUED, 0)])
+def test_a_job_that_outlives_its_time_is_stopped_and_one_that_waits_is_not(tmp_path: Path, state: JobState, cancels: int) -> None:
+    provider = ScriptedProvider([state, state, JobState.CANCELLED])
+    observe(tmp_path, provider, max_runtime=-DEADLINE_MARGIN_SECONDS - 1)
+    assert provider.cancelled == cancels
