@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from blocks.errors import ConfigError
 from blocks.provider import describe_validation
 from flows.display import print_table
+from flows.reporting_text import problem_line
 from trainer.contract import SplitConfig, Task
 from trainer.dataset import DatasetIndex, check_dataset
 
@@ -47,7 +48,7 @@ def check(path: str, task: str, split_by: str | None, max_problem_share: float, 
     rows.append(("images", *(index.count(name) for name in SPLITS)))
     print_table("boxes per class and split", ("class", *SPLITS), rows)
     for problem in index.problems:
-        click.echo(f"left out: {problem.path}: {problem.message}")
+        click.echo(problem_line(problem))
     for note in index.notes:
         click.echo(f"note: {note}")
 

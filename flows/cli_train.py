@@ -20,7 +20,16 @@ from blocks.record import RunRecord, all_runs, find_run, home, request_hash
 from flows import prefect_settings
 from flows.display import TrainingDisplay, stderr_console
 from flows.reporting_text import format_cost, format_figure, format_seconds
-from trainer.contract import AttemptLayout, RunLayout, SplitConfig, TrainConfig, unknown_name_message
+from trainer.contract import (
+    AttemptLayout,
+    ExitCode,
+    RunLayout,
+    SplitConfig,
+    TrainConfig,
+    TrainerError,
+    TrainyardError,
+    unknown_name_message,
+)
 from trainer.dataset import changed_files
 from trainer.storage import to_path
 
@@ -108,6 +117,17 @@ def build_request(dataset: str, options: dict[str, Any]) -> TrainRequest:
         raise ConfigError(describe_validation(exc), hint="`trainyard train --help` describes every field") from exc
 
 
+def require_files(request: TrainRequest) -> None:
+    """What is not there is said at once, before Prefect is loaded and a temporary server started."""
+    if not Path(request.dataset).exists():
+        raise TrainerError(f"there is no dataset at {request.dataset}", hint="give the folder of the dataset", code=ExitCode.NOT_FOUND)
+    for name in ("weights", "model"):
+        value = getattr(request.config, name)
+        if value is not None and "/" in value and not Path(value).is_file():
+            hint = "give a file that exists, or a published name such as yolo11n.pt"
+            raise TrainerError(f"{name}: there is no file {value}", hint=hint, code=ExitCode.NOT_FOUND)
+
+
 def read_request_file(path: str) -> dict[str, Any]:
     """The fields of a YAML file: those of the request, and those of the config at the top level or under `config`."""
     try:
@@ -175,6 +195,7 @@ def train(dataset: str, new: bool, run_key: str | None, as_json: bool, **options
     Killed or closed, the training goes on; the same command attaches to it again.
     """
     request = build_request(dataset, options)
+    require_files(request)
     run_id = None if new or run_key else find_open_run(request)
     if run_id is not None:
         stderr_console().print(f"attaches to the open run {run_id} (--new starts another)")
@@ -276,6 +297,12 @@ def run_and_print(
             summary = cast("dict[str, Any]", train(**parameters, run_id=run_id, run_key=run_key, resume=resume))
         except KeyboardInterrupt:
             tell_detached(display.record)
+            raise
+        except TrainyardError as exc:
+            if as_json:
+                known = display.record.run_id if display.record else run_id
+                failed = {"run_id": known, "state": "failed", "error": exc.message, "hint": exc.hint, "exit_code": int(exc.code)}
+                click.echo(json.dumps(failed))
             raise
     if as_json:
         click.echo(json.dumps(summary))

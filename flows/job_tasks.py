@@ -22,6 +22,7 @@ from blocks.naming import display_name
 from blocks.provider import Provider
 from blocks.record import Outcome, RunFile, RunRecord, remember_output, request_hash
 from flows.reporting import ProgressReporter
+from flows.reporting_text import problem_line
 from flows.watching import Listener, watch
 from trainer.contract import ExitCode, TrainerError
 from trainer.dataset import DatasetIndex, check_dataset
@@ -72,7 +73,7 @@ def log_dataset(index: DatasetIndex) -> None:
     counts = ", ".join(f"{index.count(name)} {name}" for name in ("train", "val", "test"))
     logger.info("%s (%s): %s images, %d classes, version %s", index.name, index.format, counts, len(index.classes), index.version[:12])
     for problem in index.problems:
-        logger.warning("left out: %s: %s", problem.path, problem.message)
+        logger.warning(problem_line(problem))
     for note in index.notes:
         logger.info("note: %s", note)
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from blocks.job import JobStatus, Result
 from blocks.record import RunFile, RunRecord
 from trainer.contract import METRIC_NAMES, AttemptLayout, Progress
-from trainer.dataset import DatasetIndex
+from trainer.dataset import DatasetIndex, DatasetProblem, ProblemKind
 
 
 def describe_status(status: JobStatus) -> str:
@@ -93,11 +93,18 @@ def format_figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def problem_line(problem: DatasetProblem) -> str:
+    """Whether the image is left out, or only the box in it."""
+    boxes = (ProblemKind.DEGENERATE_BOX, ProblemKind.OUT_OF_RANGE_BOX, ProblemKind.UNKNOWN_CLASS)
+    what = "box left out" if problem.kind in boxes else "noted" if problem.kind is ProblemKind.DUPLICATE_IMAGE else "left out"
+    return f"{what}: {problem.path}: {problem.message}"
+
+
 def dataset_lines(index: DatasetIndex) -> list[str]:
     counts = ", ".join(f"{index.count(name)} {name}" for name in ("train", "val", "test"))
     lines = [f"Dataset {index.name} ({index.format}), version {index.version[:12]}: {counts} images."]
     lines += [f"- {note}" for note in index.notes]
-    lines += [f"- left out: {problem.path}: {problem.message}" for problem in index.problems[:10]]
+    lines += [f"- {problem_line(problem)}" for problem in index.problems[:10]]
     lines += [f"- and {len(index.problems) - 10} more: `trainyard dataset check` lists all" for _ in range(len(index.problems) > 10)]
     return lines
 

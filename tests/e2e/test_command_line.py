@@ -37,6 +37,9 @@ def told(done: subprocess.CompletedProcess[str]) -> str:
     ("arguments", "code", "cause"),
     [
         (["train", "{missing}"], ExitCode.NOT_FOUND, "missing"),
+        (["train", "{shapes}", "--weights", "{missing}/best.pt"], ExitCode.NOT_FOUND, "no file"),
+        (["train", "{shapes}", "--augmentations", "no-such.json"], ExitCode.CONFIG, "neither JSON nor a file"),
+        (["train", "{shapes}", "--model-param", "mosaic={{"], ExitCode.CONFIG, "is no value"),
         (["train", "{empty}"], ExitCode.DATA, "empty"),
         (["train", "{polygons}"], ExitCode.DATA, "instance-segmentation"),
         (["train", "{shapes}", "--epochs", "0"], ExitCode.CONFIG, "epochs: Input should be greater"),
