@@ -139,6 +139,8 @@ class Stack:
 @contextmanager
 def running_stack(folder: Path) -> Iterator[Stack]:
     """A server with the deployment; workers are started by whoever wants them, and stopped here."""
+    # A shell's background jobs start with SIGINT ignored, and would hand that on to every process started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | {
         "PREFECT_HOME": str(folder / "prefect"),
