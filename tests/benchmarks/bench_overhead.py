@@ -23,7 +23,7 @@ from trainer.shapes import write_shapes
 DIRECT = """
 import json, sys, time
 from pathlib import Path
-import torch, ultralytics, ultralytics.models.yolo.detect  # noqa
+import torch, ultralytics, ultralytics.models.yolo.detect
 from blocks.job import JobSpec
 from blocks.providers.local_process import LocalProvider, LocalSettings, build_job
 from blocks.record import RunRecord
