@@ -67,8 +67,15 @@ def test_killed_flow_is_retried_to_the_same_job(stack: Stack, shapes: Path) -> N
     assert process is not None
     process.kill()
     assert stack.wait_final(flow_run_id)["state_type"] == "CRASHED"
-    assert stack.command("prefect", "flow-run", "retry", flow_run_id).returncode == 0
-    wait_for("the retry ends well", lambda: stack.flow_run(flow_run_id)["state_type"] == "COMPLETED", 240)
+
+    def retried_and_over() -> bool:
+        # Runner and worker may both report the crash, seconds apart; the second report undoes a retry in between.
+        state = stack.flow_run(flow_run_id)["state_type"]
+        if state == "CRASHED":
+            stack.command("prefect", "flow-run", "retry", flow_run_id)
+        return state == "COMPLETED"
+
+    wait_for("the retry ends well", retried_and_over, 240, every=8)
     one_attempt_with_a_model(stack, run_id)
     assert epochs_trained(stack, run_id) == list(range(1, LONG["epochs"] + 1))
 
