@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from blocks.errors import JobFailed, ResultMissing, RunCancelled
+from blocks import load_provider
+from blocks.errors import JobFailed, JobNotFound, ResultMissing, RunCancelled
 from blocks.job import FailureReason, JobRef, JobState, JobStatus, Result
 from blocks.provider import Provider
-from blocks.record import Outcome, Receipt, RunRecord
+from blocks.record import CancelRequest, Outcome, Receipt, RunRecord
 from trainer.contract import EXIT_REASONS, TrainyardError
+
+# Prefect kills a flow that it cancels after 30 s; within this time a job must be over, or is told to be late.
+STOP_WAIT_SECONDS = 20.0
+STOP_LOOK_SECONDS = 0.3
+DEADLINE = "deadline"  # who asked, where nobody did
 
 
 class Action(StrEnum):
@@ -56,9 +64,19 @@ def next_step(outcomes: list[Outcome | None], *, max_attempts: int, resume: bool
 def next_step_of(record: RunRecord, *, max_attempts: int, resume: bool = False) -> Step:
     attempts = record.attempts()
     outcomes = [record.outcome(attempt) for attempt in attempts]
+    if not attempts and record.cancel_request(1) is not None:
+        return Step(Action.DONE, 0, "it was cancelled before it was planned")
     if outcomes and outcomes[-1] is not None and record.cancel_request(attempts[-1]) is not None and not resume:
         return Step(Action.DONE, attempts[-1], "it was cancelled")
     return next_step(outcomes, max_attempts=max_attempts, resume=resume)
+
+
+def may_resume(record: RunRecord, flow_run_id: str) -> bool:
+    """Whether this flow run's wish to resume still stands: it is good for one attempt, however often the flow is repeated."""
+    attempts = record.attempts()
+    name = f"resumes/{flow_run_id}"
+    record.folder.create(name, str(len(attempts) + 1).encode())
+    return len(attempts) < int(record.folder.get(name) or b"0")
 
 
 def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobStatus) -> Outcome:
@@ -68,7 +86,12 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
     """
     result = collect_what_there_is(provider, ref, status)
     asked = record.cancel_request(ref.attempt)
-    if asked is not None and status.state is not JobState.SUCCEEDED:
+    succeeded = status.state is JobState.SUCCEEDED
+    if asked is None and status.reason is FailureReason.TIMEOUT:
+        # The provider itself held the job to its time: a stop like any other, with a receipt.
+        ended = status.ended_at or status.observed_at
+        asked = CancelRequest(attempt=ref.attempt, asked_by=DEADLINE, why=status.message, asked_at=ended)
+    if asked is not None and not succeeded:
         record.write_receipt(
             ref.attempt,
             Receipt(
@@ -81,11 +104,14 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
                 cost_usd=status.cost_usd,
             ),
         )
-    # Whatever ended it: after a person asked to stop, nothing follows.
-    cancelled = asked is not None and status.state is not JobState.SUCCEEDED
+    state, reason = status.state, status.reason
+    if asked is not None and not succeeded:
+        # Whatever ended it: after a wish to stop, nothing follows.
+        over_time = asked.asked_by == DEADLINE
+        state, reason = (JobState.FAILED, FailureReason.TIMEOUT) if over_time else (JobState.CANCELLED, None)
     outcome = Outcome(
-        state=JobState.CANCELLED if cancelled else status.state,
-        reason=None if cancelled else status.reason,
+        state=state,
+        reason=reason,
         message=status.message,
         hint=status.hint,
         exit_code=status.exit_code,
@@ -94,6 +120,67 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
         status=status,
     )
     return record.write_outcome(ref.attempt, outcome)
+
+
+def cancel_run(
+    record: RunRecord,
+    *,
+    asked_by: str,
+    why: str = "",
+    wait_seconds: float = STOP_WAIT_SECONDS,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Outcome | None:
+    """Stops the run: the intent first, then the asking, then the proof (terminal state, partial result, receipt).
+
+    None where nothing is over yet: the run prepares its first attempt, which will then not be submitted, or the
+    job did not end within `wait_seconds`; the intent stands, and whoever watches the run sees it through.
+    Repeating it is fine, and so is another process doing the same.
+    """
+    attempts = record.attempts()
+    attempt = attempts[-1] if attempts else 1
+    if attempts and (ended := record.outcome(attempt)) is not None and ended.state is JobState.SUCCEEDED:
+        return ended
+    record.request_cancel(CancelRequest(attempt=attempt, asked_by=asked_by, why=why))
+    if not attempts:
+        return None
+    if (ended := record.outcome(attempt)) is not None:  # between two attempts: nothing runs, and now nothing follows
+        return ended
+    ref = record.ref(attempt)
+    if ref is None:
+        return _cancel_unsubmitted(record, attempt)
+    run = record.run()
+    provider = load_provider(run.provider, run.settings)
+    provider.cancel(ref)
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        status = poll_or_lost(provider, ref)
+        if status.state.is_terminal:
+            return close(provider, record, ref, status)
+        if time.monotonic() > deadline:
+            return None
+        sleep(STOP_LOOK_SECONDS)
+
+
+def _cancel_unsubmitted(record: RunRecord, attempt: int) -> Outcome | None:
+    """A plan without a recorded job: a submitter may have died between the two, so the provider is asked first."""
+    run, plan = record.run(), record.plan(attempt)
+    assert plan is not None, "an attempt has a plan"
+    provider = load_provider(run.provider, run.settings)
+    ref = provider.find(plan)
+    if ref is None:
+        return close_unsubmitted(record, attempt)
+    record.write_ref(ref)
+    provider.cancel(ref)
+    status = poll_or_lost(provider, ref)
+    return close(provider, record, ref, status) if status.state.is_terminal else None
+
+
+def poll_or_lost(provider: Provider[Any], ref: JobRef) -> JobStatus:
+    """One observation. A job that the provider no longer knows is lost, never a reason to create another under its key."""
+    try:
+        return provider.poll(ref)
+    except JobNotFound as exc:
+        return JobStatus(state=JobState.FAILED, native_state="lost", reason=FailureReason.INFRASTRUCTURE, message=exc.message)
 
 
 def close_unsubmitted(
@@ -118,7 +205,9 @@ def collect_what_there_is(provider: Provider[Any], ref: JobRef, status: JobStatu
 
 def result_of(record: RunRecord, step: Step) -> Result:
     """The result of a run that is over. Raises JobFailed or RunCancelled, with the reason, where it has none."""
-    outcome = record.outcome(step.attempt)
+    outcome = record.outcome(step.attempt) if step.attempt else None
+    if outcome is None and step.attempt == 0:
+        raise RunCancelled(f"run {record.run_id} was cancelled before it was planned", hint="start it again; nothing was spent")
     assert outcome is not None, "only a closed attempt is done"
     if outcome.state is JobState.SUCCEEDED and outcome.result is not None:
         return outcome.result

@@ -142,6 +142,11 @@ class Provider(ABC, Generic[Settings]):
             )
         return found
 
+    def find(self, plan: Plan) -> JobRef | None:
+        """The job of the plan's run and attempt, if there is one."""
+        with self._translated(plan.spec.run_id):
+            return self._find(plan)
+
     @abstractmethod
     def poll(self, ref: JobRef) -> JobStatus:
         """One observation. An unknown native word gives UNKNOWN. Raises JobNotFound where the provider knows no such job."""

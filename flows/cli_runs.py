@@ -14,16 +14,15 @@ from typing import Any
 import click
 
 from blocks import load_provider
-from blocks.attempts import Action, close, close_unsubmitted, next_step_of
+from blocks.attempts import Action, cancel_run, next_step_of
 from blocks.errors import ConfigError, JobNotFound
 from blocks.job import JobRef, JobState, JobStatus, TrainRequest
 from blocks.provider import Provider
-from blocks.record import CancelRequest, RunRecord, all_runs, find_run
+from blocks.record import RunRecord, all_runs, find_run
 from flows.display import print_table
 from flows.reporting_text import describe_status, format_cost, format_seconds
 from trainer.contract import ExitCode, utc_now
 
-CANCEL_WAIT_SECONDS = 20.0
 FOLLOW_SECONDS = 1.0
 
 
@@ -172,45 +171,28 @@ def latest_ref(record: RunRecord) -> JobRef:
 def cancel(run: str, why: str, as_json: bool) -> None:
     """Stop RUN, and wait until it is over (at most 20 s)."""
     record = find_run(run)
-    attempts = record.attempts()
-    step = next_step_of(record, max_attempts=TrainRequest.model_validate(record.run().request).max_attempts)
-    if attempts and step.action is Action.START:
-        # Between two attempts: nothing runs, and with this request nothing follows.
-        record.request_cancel(CancelRequest(attempt=attempts[-1], asked_by=f"{getpass.getuser()}@{socket.gethostname()}", why=why))
-        step = next_step_of(record, max_attempts=1)
-    if attempts and step.action is Action.DONE:
+    if is_over(record):
         click.echo(json.dumps(summarize(record)) if as_json else f"run {record.run_id} is over: {describe_status(observe(record)[0])}")
         return
-    if not attempts:
-        raise ConfigError(f"run {record.run_id} has no attempt yet", hint=f"`trainyard status {record.run_id}`")
-    provider, ref = provider_of(record), record.ref(attempts[-1])
-    record.request_cancel(CancelRequest(attempt=attempts[-1], asked_by=f"{getpass.getuser()}@{socket.gethostname()}", why=why))
-    if ref is None:
-        outcome = close_unsubmitted(record, attempts[-1])
-        click.echo(json.dumps(summarize(record)) if as_json else f"run {record.run_id} is {outcome.state.value}; it had no job yet")
-        return
-    provider.cancel(ref)
-    seen = wait_until_over(provider, ref)
-    if not seen.state.is_terminal:
-        click.echo(
-            f"asked; run {record.run_id} is still {seen.state.value}: `trainyard status {record.run_id}` tells when it is over", err=True
-        )
-        raise SystemExit(int(ExitCode.UNAVAILABLE))
-    outcome = close(provider, record, ref, seen)
+    outcome = cancel_run(record, asked_by=f"{getpass.getuser()}@{socket.gethostname()}", why=why)
+    attempts = record.attempts()
     if as_json:
         click.echo(json.dumps(summarize(record)))
-    else:
+    if outcome is None:
+        seen, _ = observe(record)
+        still = f"is still {seen.state.value}" if attempts else "will not start"
+        click.echo(f"asked; run {record.run_id} {still}: `trainyard status {record.run_id}` tells when it is over", err=True)
+        raise SystemExit(int(ExitCode.UNAVAILABLE if attempts else ExitCode.OK))
+    if not as_json:
         click.echo(f"run {record.run_id} is {outcome.state.value}, after epoch {outcome.epoch}")
-        click.echo(f"  receipt  {record.attempt_uri(ref.attempt)}/receipt.json")
+        if record.receipt(attempts[-1]) is not None:
+            click.echo(f"  receipt  {record.attempt_uri(attempts[-1])}/receipt.json")
 
 
-def wait_until_over(provider: Provider[Any], ref: JobRef) -> JobStatus:
-    deadline = time.monotonic() + CANCEL_WAIT_SECONDS
-    while True:
-        seen = provider.poll(ref)
-        if seen.state.is_terminal or time.monotonic() > deadline:
-            return seen
-        time.sleep(0.3)
+def is_over(record: RunRecord) -> bool:
+    """Whether nothing runs and, with the attempts that the run's request allows, nothing follows."""
+    request = TrainRequest.model_validate(record.run().request)
+    return next_step_of(record, max_attempts=request.max_attempts).action is Action.DONE
 
 
 @click.command()

@@ -12,16 +12,21 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
+from prefect.runtime import deployment
 from prefect.runtime import flow_run as current_flow_run
+from prefect.states import Cancelled
 
-from blocks import load_provider
-from blocks.attempts import Action, Step, next_step_of, result_of
+from blocks.attempts import Action, Step, cancel_run, may_resume, next_step_of, result_of
+from blocks.driving import Heartbeat, driving, forget
+from blocks.errors import RunCancelled
 from blocks.job import JobSpec, JobStatus, Resources, Result, TrainRequest
-from blocks.naming import display_name, run_id_of_flow_run, run_id_of_key
+from blocks.naming import display_name
 from blocks.profiles import load_profile
 from blocks.provider import Provider
-from blocks.record import CancelRequest, RunFile, RunRecord, check_run_id, default_output_uri
+from blocks.record import RunFile, RunRecord, default_output_uri
 from flows import job_tasks, reporting
+from flows.identity import choose_run_id, record_of_flow_run
+from flows.telling import tell_news
 from flows.watching import Listener
 from trainer.contract import SplitConfig, TrainConfig
 
@@ -32,13 +37,6 @@ def _ignore(_record: RunRecord, _status: JobStatus) -> None:
 
 # The command line listens to the run that it started itself, in the same process.
 LISTENER: ContextVar[Any] = ContextVar("LISTENER", default=_ignore)
-
-
-def choose_run_id(run_id: str | None, run_key: str | None, flow_run_id: str) -> str:
-    """Pure. A retry of a flow run keeps its id; a copy or a schedule gets a new one; a run key always the same."""
-    if run_id:
-        return check_run_id(run_id)
-    return run_id_of_key(run_key) if run_key else run_id_of_flow_run(flow_run_id)
 
 
 def name_flow_run() -> str:
@@ -58,19 +56,12 @@ def build_flow_run_name() -> str:
 
 
 def cancel_job(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Hook: a person cancelled the flow run in the UI. Runs in another process than the flow, so all comes from the record."""
-    parameters = flow_run.parameters
-    run_id = choose_run_id(parameters.get("run_id"), parameters.get("run_key"), str(flow_run.id))
-    output = parameters.get("output") or load_profile(parameters.get("profile", "local")).output or default_output_uri()
-    record = RunRecord(output, run_id)
-    run = record.run()
-    provider = load_provider(run.provider, run.settings)
-    for attempt in record.attempts():
-        ref = record.ref(attempt)
-        if ref is not None and record.outcome(attempt) is None:
-            request = CancelRequest(attempt=attempt, asked_by=f"Prefect flow run {flow_run.name}", why="cancelled in Prefect")
-            record.request_cancel(request)
-            provider.cancel(ref)
+    """Hook: a person cancelled the flow run in Prefect. Runs in another process than the flow, so all comes from the record."""
+    record = record_of_flow_run(flow_run)
+    if record.exists():
+        outcome = cancel_run(record, asked_by=f"Prefect flow run {flow_run.name}", why="cancelled in Prefect")
+        if outcome is not None:
+            forget(record, str(flow_run.id))
 
 
 @flow(name="train", flow_run_name=name_flow_run, on_cancellation=[cancel_job], persist_result=False)
@@ -91,7 +82,7 @@ def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Pr
     run_id: str | None = None,
     run_key: str | None = None,
     resume: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any] | State[Any]:
     """Train a vision model on a dataset and return its verified model and figures.
 
     Args:
@@ -133,6 +124,22 @@ def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Pr
     output_uri = output or saved.output or default_output_uri()
     identity = choose_run_id(run_id, run_key, flow_run_id)
     record = RunRecord(output_uri, identity)
+    deployed = deployment.id is not None
+    with driving(record, flow_run_id, deployed=deployed, max_attempts=max_attempts) as beat:
+        try:
+            run, result = go_through(provider, record, request, flow_run_id, beat, resume=resume)
+        except RunCancelled as exc:
+            if LISTENER.get() is not _ignore:
+                raise
+            # Stopped from the command line, say: Prefect shows it as what it is, not as a failure.
+            return Cancelled(message=str(exc))
+    return summarize(run, result)
+
+
+def go_through(
+    provider: Provider[Any], record: RunRecord, request: TrainRequest, flow_run_id: str, beat: Heartbeat, *, resume: bool
+) -> tuple[RunFile, Result]:
+    """From whatever the record holds to the result."""
     index = None
     if not record.exists():
         # What is refused is refused before anything is written.
@@ -141,13 +148,20 @@ def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Pr
     run = job_tasks.open_run(record, request, provider, flow_run_id, index)
     listener = LISTENER.get()
 
-    step = next_step_of(record, max_attempts=max_attempts, resume=resume)
-    while step.action is not Action.DONE:
-        run_attempt(provider, record, run, request, step, lambda status: listener(record, status))
-        step = next_step_of(record, max_attempts=max_attempts)
-    result = result_of(record, step)
-    reporting.publish_report(record, run, result, get_run_logger())
-    return summarize(run, result)
+    def on_status(status: JobStatus) -> None:
+        beat()
+        listener(record, status)
+
+    step = next_step_of(record, max_attempts=request.max_attempts, resume=resume and may_resume(record, flow_run_id))
+    try:
+        while step.action is not Action.DONE:
+            run_attempt(provider, record, run, request, step, on_status)
+            step = next_step_of(record, max_attempts=request.max_attempts)
+        result = result_of(record, step)
+        reporting.publish_report(record, run, result, get_run_logger())
+    finally:
+        beat.keep = not tell_news(record, run, get_run_logger())
+    return run, result
 
 
 def run_attempt(provider: Provider[Any], record: RunRecord, run: RunFile, request: TrainRequest, step: Step, listener: Listener) -> None:

@@ -6,6 +6,7 @@ another obstore store. Writes are atomic: a reader sees the old object, the new 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from functools import lru_cache
 from pathlib import Path
@@ -40,7 +41,7 @@ def to_path(uri: str) -> Path:
 def _store(root: str) -> LocalStore:
     from obstore.store import LocalStore
 
-    return LocalStore(prefix=to_path(root))
+    return LocalStore(prefix=to_path(root), automatic_cleanup=True)
 
 
 class ObjectFolder:
@@ -85,6 +86,15 @@ class ObjectFolder:
         except AlreadyExistsError:
             return False
         return True
+
+    def delete(self, name: str) -> None:
+        """Removes the object, and folders that it leaves empty; none there is fine."""
+        import obstore
+
+        if (to_path(self.uri) / name).exists():
+            obstore.delete(_store(self.uri), name)
+            with contextlib.suppress(OSError):  # not empty
+                to_path(self.uri).rmdir()
 
     def names(self, folder: str = "") -> list[str]:
         """Names of objects and folders directly below `folder`, sorted."""

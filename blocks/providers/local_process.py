@@ -8,6 +8,7 @@ job from any process that sees the folder, and never a stranger that was given t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 from pydantic import Field, JsonValue
 
 from blocks.errors import ConfigError, JobNotFound, ProviderError, QuotaError, ServiceUnavailable
@@ -103,6 +105,7 @@ class LocalProvider(Provider[LocalSettings]):
         attempt = AttemptLayout(to_path(ref.output_uri))
         if attempt.folder.exists():
             ObjectFolder(ref.output_uri).create(AttemptLayout.STOP, utc_now().isoformat().encode())
+            wake_supervisor(attempt)
 
     def _validate(self, spec: JobSpec) -> tuple[Problem, ...]:
         problems: list[Problem] = []
@@ -292,6 +295,18 @@ def read_native(attempt: AttemptLayout, run_id: str) -> dict[str, Any]:
         "progress": read_json(attempt / AttemptLayout.PROGRESS),
         "stopping": (attempt / AttemptLayout.STOP).exists(),
     }
+
+
+def wake_supervisor(attempt: AttemptLayout) -> None:
+    """A supervisor that was suspended (SIGSTOP) would never see the stop file; it is on this host, or is left alone."""
+    job = read_json(attempt / AttemptLayout.JOB)
+    if job is None or job.get("host") != socket.gethostname():
+        return
+    known = JobFile.model_validate(job)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(known.pid)
+        if abs(process.create_time() - known.pid_created_at) < 1 and process.status() == psutil.STATUS_STOPPED:
+            process.resume()
 
 
 def launch(argv: list[str], folder: Path) -> str:

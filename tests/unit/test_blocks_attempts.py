@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from blocks.attempts import Action, next_step, next_step_of
-from blocks.job import FailureReason, JobSpec, JobState, Plan
+from blocks.attempts import Action, cancel_run, close, may_resume, next_step, next_step_of, result_of
+from blocks.errors import ResultMissing, RunCancelled
+from blocks.job import FailureReason, JobRef, JobSpec, JobState, JobStatus, Plan, Result
 from blocks.record import CancelRequest, Outcome, RunRecord
 from trainer.contract import DatasetRef, TrainConfig
 
@@ -73,3 +74,42 @@ def make_plan(record: RunRecord) -> Plan:
         run_id=record.run_id, name="n", config=TrainConfig(), dataset=dataset, output_uri=record.output_uri, max_runtime_seconds=60
     )
     return Plan(provider="local", spec=spec, instance_type="x", region="x", request={}, fingerprint="f")
+
+
+def test_a_wish_to_resume_is_good_for_one_attempt(tmp_path: Path) -> None:
+    """The flow of `resume` is killed after its attempt ended, and runs again: no further attempt is paid for."""
+    record = RunRecord(str(tmp_path), "resume12")
+    record.write_plan(make_plan(record))
+    assert may_resume(record, "flow-1")
+    assert may_resume(record, "flow-1")  # killed before it planned
+    second = make_plan(record)
+    record.write_plan(second.model_copy(update={"spec": second.spec.model_copy(update={"attempt": 2})}))
+    assert not may_resume(record, "flow-1")
+    assert may_resume(record, "flow-2")
+
+
+def test_a_run_cancelled_while_it_is_prepared_is_never_planned(tmp_path: Path) -> None:
+    record = RunRecord(str(tmp_path), "stop5678")
+    assert cancel_run(record, asked_by="me") is None
+    assert next_step_of(record, max_attempts=3).action is Action.DONE
+    with pytest.raises(RunCancelled, match="before it was planned"):
+        result_of(record, next_step_of(record, max_attempts=3))
+
+
+class Ending:
+    """A provider whose job is over with this status."""
+
+    def collect(self, _ref: JobRef, *, allow_partial: bool = False) -> Result:
+        raise ResultMissing("nothing there")
+
+
+def test_a_job_stopped_at_its_time_has_a_receipt_and_is_no_cancel(tmp_path: Path) -> None:
+    record = RunRecord(str(tmp_path), "late1234")
+    record.write_plan(make_plan(record))
+    ref = JobRef(provider="local", native_id="x", run_id="late1234", attempt=1, output_uri=record.attempt_uri(1), fingerprint="f")
+    status = JobStatus(state=JobState.FAILED, reason=FailureReason.TIMEOUT, message="stopped after 60 s")
+    outcome = close(Ending(), record, ref, status)  # type: ignore[arg-type]
+    assert (outcome.state, outcome.reason) == (JobState.FAILED, FailureReason.TIMEOUT)
+    receipt = record.receipt(1)
+    assert receipt is not None
+    assert receipt.asked_by == "deadline"

@@ -1,0 +1,116 @@
+"""Who works on a run now: one small object per flow run, ``drivers/<flow run id>.json`` in the run's folder.
+
+A driver that ends in an orderly manner removes its object; one that was killed leaves it behind, and that is
+how `flows.reconcile` knows that a run wants somebody to go on with it. Two drivers of one run do no harm
+(every step finds or creates), so a wrong guess about life costs a few look-ups and never a second job.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+
+import psutil
+from pydantic import AwareDatetime, Field
+
+from blocks.attempts import Action, next_step_of
+from blocks.record import RunRecord, known_outputs, remember_output
+from trainer.contract import StoredRecord, utc_now
+from trainer.storage import ObjectFolder
+
+DRIVERS = "drivers"
+BEAT_SECONDS = 20.0
+# For a driver on another machine, whose process cannot be looked at.
+SILENCE_ALLOWED = timedelta(seconds=120)
+
+
+class Driver(StoredRecord):
+    flow_run_id: str
+    deployed: bool = Field(default=False, description="Started by a worker, which can be told to run it again.")
+    host: str
+    pid: int
+    pid_created_at: float = Field(description="Start time of the process in seconds since the epoch, against reused pids.")
+    seen_at: AwareDatetime = Field(default_factory=utc_now)
+
+
+def is_alive(driver: Driver, now: datetime) -> bool:
+    """On this host, whether the process is there; of another host, whether it was heard of lately."""
+    if driver.host != socket.gethostname():
+        return now - driver.seen_at < SILENCE_ALLOWED
+    try:
+        process = psutil.Process(driver.pid)
+        return abs(process.create_time() - driver.pid_created_at) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def drivers(record: RunRecord) -> list[Driver]:
+    found = (record.folder.get(f"{DRIVERS}/{name}") for name in record.folder.names(DRIVERS))
+    return [Driver.model_validate_json(data) for data in found if data]
+
+
+def forget(record: RunRecord, flow_run_id: str) -> None:
+    record.folder.delete(f"{DRIVERS}/{flow_run_id}.json")
+
+
+def driven_runs() -> list[RunRecord]:
+    """The runs of the known output folders that somebody works on, or worked on and left in disorder."""
+    return [
+        RunRecord(uri, name)
+        for uri in known_outputs()
+        for name in ObjectFolder(uri).names()
+        if ObjectFolder(uri).names(f"{name}/{DRIVERS}")
+    ]
+
+
+class Heartbeat:
+    """Says that this process works on the run; called at every observation, it writes now and then."""
+
+    def __init__(self, record: RunRecord, flow_run_id: str, *, deployed: bool) -> None:
+        self.record = record
+        self.flow_run_id = flow_run_id
+        self.deployed = deployed
+        self.written_at = -math.inf
+        self.keep = False  # something is left to do for the run, though this process is through with it
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if now - self.written_at < BEAT_SECONDS:
+            return
+        process = psutil.Process()
+        driver = Driver(
+            flow_run_id=self.flow_run_id,
+            deployed=self.deployed,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            pid_created_at=process.create_time(),
+        )
+        self.record.folder.put(f"{DRIVERS}/{self.flow_run_id}.json", driver.model_dump_json(indent=1).encode())
+        self.written_at = now
+
+
+@contextmanager
+def driving(record: RunRecord, flow_run_id: str, *, deployed: bool, max_attempts: int) -> Generator[Heartbeat]:
+    """While inside, this process is a driver of the run.
+
+    Left behind is the object of one that was killed, interrupted or told to terminate, or that lost touch with
+    the provider while the run is open: somebody else may go on.
+    """
+    remember_output(record.output_uri)
+    beat = Heartbeat(record, flow_run_id, deployed=deployed)
+    beat()
+    try:
+        yield beat
+    except Exception:
+        over = not record.exists() or next_step_of(record, max_attempts=max_attempts).action is Action.DONE
+        if over and not beat.keep:
+            forget(record, flow_run_id)
+        raise
+    else:
+        if not beat.keep:
+            forget(record, flow_run_id)
