@@ -15,10 +15,12 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +50,15 @@ class Yard(Stack):
     """`trainyard up`, with a plan for crashes in its children's environment."""
 
     plan: Path = field(default_factory=Path)
+    messages: list[str] = field(default_factory=list)
+    webhook: str = ""
 
     def up(self) -> subprocess.Popen[bytes]:
         port = self.environment["PREFECT_API_URL"].rsplit(":", 1)[1].split("/")[0]
         environment = {name: value for name, value in self.environment.items() if name != "PREFECT_API_URL"}
         with (self.folder / "up.log").open("ab") as output:
             return subprocess.Popen(
-                [str(BIN / "trainyard"), "up", "--port", port],
+                [str(BIN / "trainyard"), "up", "--port", port, "--notify", self.webhook],
                 cwd=self.folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -81,13 +85,38 @@ def yard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
     }
     signal.signal(signal.SIGINT, signal.default_int_handler)
     made = Yard(folder, environment, plan=folder / "crash.json")
-    up = made.up()
+    with receiving(made.messages) as made.webhook:
+        up = made.up()
+        try:
+            wait_for("`trainyard up` is up", lambda: up.poll() is None and "worker" in (folder / "up.log").read_text(), 240)
+            yield made
+        finally:
+            up.send_signal(signal.SIGTERM)
+            up.wait(60)
+
+
+@contextmanager
+def receiving(messages: list[str]) -> Iterator[str]:
+    """A webhook on loopback; yields its address."""
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            messages.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
     try:
-        wait_for("`trainyard up` is up", lambda: "worker" in (folder / "up.log").read_text() and made.healthy(), 240)
-        yield made
+        yield f"http://127.0.0.1:{server.server_address[1]}/hook"
     finally:
-        up.send_signal(signal.SIGTERM)
-        up.wait(60)
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +164,8 @@ def run_case(yard: Yard, dataset: Path, moment: str, victims: tuple[str, ...]) -
     # An old trainer that lives on trains in vain, beside the one that counts; it is not what was lost.
     repeated = 0 if "lock" in victims else sum(map(len, epochs)) - CONFIG["epochs"]
     assert repeated <= 1
+    wait_for("the message that it finished", lambda: told(yard, run_id), 60)
+    assert told(yard, run_id) == 1
     own = seconds_training(attempts[-1])
     assert seconds - own <= FINAL_SECONDS
     return Row(moment, victims, outcomes, repeated, seconds)
@@ -154,6 +185,10 @@ def processes_of(run_id: str) -> list[str]:
             if run_id in command and "-m trainer" in command:
                 found.append(command)
     return found
+
+
+def told(yard: Yard, run_id: str) -> int:
+    return sum(f"run: {run_id}" in message and "finished" in message for message in yard.messages)
 
 
 def seconds_training(attempt: Path) -> float:

@@ -21,7 +21,13 @@ from tests.stack import Stack, stop, wait_for
 pytestmark = pytest.mark.e2e
 
 ENDLESS: dict[str, Any] = LONG | {"epochs": 5000}
-LOOK = "import time\nfrom flows.reconcile import reconcile_pass\nwhile True:\n    print(*reconcile_pass(), sep='\\n', flush=True)\n    time.sleep(10)\n"
+LOOK = """
+import time
+from flows.reconcile import reconcile_pass
+while True:
+    print(*reconcile_pass(), sep="\\n", flush=True)
+    time.sleep(10)
+"""
 
 
 def training(run_id: str) -> list[psutil.Process]:
