@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import exponential_backoff
 
 from blocks.attempts import close, close_unsubmitted
-from blocks.errors import AuthError, ConfigError, JobNotFound, QuotaError, RunCancelled, TransientError
+from blocks.errors import AuthError, ConfigError, JobNotFound, PlanChanged, QuotaError, RunCancelled, TransientError
 from blocks.job import FailureReason, JobRef, JobSpec, JobState, JobStatus, Plan, TrainRequest
 from blocks.naming import display_name
 from blocks.provider import Provider
@@ -25,7 +25,7 @@ from flows.reporting import ProgressReporter
 from flows.reporting_text import problem_line
 from flows.watching import Listener, watch
 from trainer.contract import ExitCode, TrainerError
-from trainer.dataset import DatasetIndex, check_dataset
+from trainer.dataset import DatasetIndex, changed_files, check_dataset
 
 
 async def _is_transient(_task: object, _run: TaskRun, state: State[Any]) -> bool:
@@ -66,6 +66,24 @@ def read_dataset(request: TrainRequest) -> DatasetIndex:
     index = check_dataset(path, task=request.config.task, split=request.split, max_problem_share=request.max_problem_share)
     log_dataset(index)
     return index
+
+
+def require_same_dataset(record: RunRecord, request: TrainRequest) -> None:
+    """Refuses a run key that is used again for other images. Raises PlanChanged naming what differs.
+
+    Where the dataset is not on this machine there is nothing to compare, and the run's own version stands.
+    """
+    index = record.dataset()
+    if index is None or not Path(request.dataset).exists():
+        return
+    changed = changed_files(index, Path(index.root))
+    if changed:
+        raise PlanChanged(
+            f"run {record.run_id} of this run key was made of dataset version {index.version[:12]}, and {len(changed)} of its files "
+            f"differ now, first {changed[0]}",
+            run_id=record.run_id,
+            hint="use another run key for another version of the dataset",
+        )
 
 
 def log_dataset(index: DatasetIndex) -> None:

@@ -124,6 +124,8 @@ def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Pr
     output_uri = output or saved.output or default_output_uri()
     identity = choose_run_id(run_id, run_key, flow_run_id)
     record = RunRecord(output_uri, identity)
+    if run_key and record.exists() and record.run().flow_run_id != flow_run_id:
+        job_tasks.require_same_dataset(record, request)
     deployed = deployment.id is not None
     with driving(record, flow_run_id, deployed=deployed, max_attempts=max_attempts) as beat:
         try:
