@@ -45,33 +45,53 @@ class JobState(StrEnum):
 class Resources(UserInput):
     """What a job needs of a machine. Empty fields are chosen by the provider."""
 
-    accelerator: str | None = Field(default=None, description="GPU model such as T4, L4, A100-80GB. Empty: what the profile offers.")
-    accelerator_count: int = Field(default=0, ge=0, le=16, description="GPUs per node.")
-    cpus: float | None = Field(default=None, gt=0, description="CPU cores per node.")
-    memory_gib: float | None = Field(default=None, gt=0, description="Memory per node in GiB.")
-    disk_gib: float | None = Field(default=None, gt=0, description="Disk per node in GiB.")
-    nodes: int = Field(default=1, ge=1, le=64, description="Machines that train together.")
-    spot: bool = Field(default=False, description="Use cheaper machines that may be taken away.")
-    region: str | None = Field(default=None, description="Region. Empty: the profile's.")
-    instance_type: str | None = Field(default=None, description="The provider's own machine name; overrides the fields above.")
+    accelerator: str | None = Field(
+        default=None, title="GPU model", description="Such as T4, L4, A100-80GB. Empty: what the profile offers."
+    )
+    accelerator_count: int = Field(default=0, ge=0, le=16, title="GPUs", description="GPUs per machine. 0: no GPU is asked for.")
+    cpus: float | None = Field(default=None, gt=0, title="CPU cores", description="CPU cores per machine. Empty: the profile's.")
+    memory_gib: float | None = Field(
+        default=None, gt=0, title="Memory (GiB)", description="Memory per machine in GiB. Empty: the profile's."
+    )
+    disk_gib: float | None = Field(default=None, gt=0, title="Disk (GiB)", description="Disk per machine in GiB. Empty: the profile's.")
+    nodes: int = Field(default=1, ge=1, le=64, title="Machines", description="Machines that train together.")
+    spot: bool = Field(default=False, title="Spot machines", description="Use cheaper machines that may be taken away.")
+    region: str | None = Field(default=None, title="Region", description="The provider's region. Empty: the profile's.")
+    instance_type: str | None = Field(
+        default=None, title="Machine type", description="The provider's own machine name; overrides the fields above."
+    )
+
+
+def form_field(title: str, description: str, **constraints: Any) -> Any:
+    """A parameter of the flow `train`. Prefect drops title and description of an annotation, except in the extra."""
+    shown: dict[str, JsonValue] = {"title": title, "description": description}
+    return Field(title=title, description=description, json_schema_extra=shown, **constraints)
 
 
 class TrainRequest(UserInput):
     """What a person asks for: one training. The parameters of the flow `train`, in one value."""
 
-    dataset: str = Field(min_length=1)
-    profile: str = "local"
-    config: TrainConfig = Field(default_factory=TrainConfig)
-    split: SplitConfig = Field(default_factory=SplitConfig)
-    resources: Resources = Field(default_factory=Resources)
-    max_problem_share: float = Field(default=0.05, ge=0, le=1)
-    max_runtime_seconds: int = Field(default=86_400, ge=60, le=28 * 86_400)
-    max_cost_usd: float | None = Field(default=None, gt=0)
-    max_attempts: int = Field(default=3, ge=1, le=10)
-    output: str | None = None
-    name: str | None = Field(default=None, max_length=63)
-    project: str | None = Field(default=None, max_length=63)
-    cost_centre: str | None = Field(default=None, max_length=63)
+    dataset: str = form_field(
+        "Dataset", "Folder (absolute path) of images with labels: Ultralytics YOLO, COCO JSON or Pascal VOC.", min_length=1
+    )
+    profile: str = form_field("Profile", "Where to train: a saved profile. local: the worker's machine.", default="local", min_length=1)
+    config: TrainConfig = form_field("Training", "Model, length and settings of the training.", default=TrainConfig())
+    split: SplitConfig = form_field("Split", "How to make the splits that the dataset lacks.", default=SplitConfig())
+    resources: Resources = form_field("Machine", "What the job needs of a machine; the profile decides the rest.", default=Resources())
+    max_problem_share: float = form_field(
+        "Broken images, at most", "Share, 0 to 1: a dataset with more unreadable images or labels is refused.", default=0.05, ge=0, le=1
+    )
+    max_runtime_seconds: int = form_field(
+        "Run time, at most (seconds)", "The job is stopped after this many seconds; 86400 is a day.", default=86_400, ge=60, le=28 * 86_400
+    )
+    max_cost_usd: float | None = form_field(
+        "Cost, at most (US$)", "A plan that could cost more US dollars is refused. Empty: no limit.", default=None, gt=0
+    )
+    max_attempts: int = form_field("Attempts, at most", "Attempts in all when machines are taken away or break.", default=3, ge=1, le=10)
+    name: str | None = form_field("Name", "What people call the run. Empty: from dataset and model.", default=None, max_length=63)
+    output: str | None = form_field("Output", "Folder or bucket URI that keeps the runs. Empty: the profile's.", default=None)
+    project: str | None = form_field("Project", "Label in reports and on the provider's bill.", default=None, max_length=63)
+    cost_centre: str | None = form_field("Cost centre", "Label in reports and on the provider's bill.", default=None, max_length=63)
 
 
 class JobSpec(UserInput):

@@ -42,7 +42,7 @@ RETRIES: dict[str, Any] = {
 }
 
 
-@task(name="check provider", **RETRIES)
+@task(name="check", task_run_name="check {provider.NAME}", **RETRIES)
 def check_provider(provider: Provider[Any], output_uri: str) -> None:
     """Refuses before anything is staged where the provider cannot train. Raises ConfigError with every line that is not ok."""
     report = provider.check(output_uri)
@@ -53,7 +53,7 @@ def check_provider(provider: Provider[Any], output_uri: str) -> None:
         raise ConfigError("; ".join(line.message for line in bad), provider=provider.NAME, hint="; ".join(line.fix for line in bad))
 
 
-@task(name="dataset", **RETRIES)
+@task(name="dataset", task_run_name="dataset {request.dataset}", **RETRIES)
 def read_dataset(request: TrainRequest) -> DatasetIndex:
     """The checked dataset. Raises TrainerError where the set is refused."""
     path = Path(request.dataset)
@@ -96,7 +96,7 @@ def log_dataset(index: DatasetIndex) -> None:
         logger.info("note: %s", note)
 
 
-@task(name="open run", **RETRIES)
+@task(name="open run", task_run_name="open run {record.run_id}", **RETRIES)
 def open_run(record: RunRecord, request: TrainRequest, provider: Provider[Any], flow_run_id: str, index: DatasetIndex | None) -> RunFile:
     """The run's record: made with its dataset, or found (no index: it is there) and held against this request."""
     if index is not None:
@@ -118,7 +118,7 @@ def open_run(record: RunRecord, request: TrainRequest, provider: Provider[Any], 
     )
 
 
-@task(name="plan", **RETRIES)
+@task(name="plan", task_run_name="plan attempt {spec.attempt}", **RETRIES)
 def make_plan(provider: Provider[Any], record: RunRecord, spec: JobSpec) -> Plan:
     """The attempt's plan, written before anything is submitted; another submitter's if that one was first."""
     plan = provider.plan(spec)
@@ -127,7 +127,7 @@ def make_plan(provider: Provider[Any], record: RunRecord, spec: JobSpec) -> Plan
     return record.write_plan(plan)
 
 
-@task(name="submit", **RETRIES)
+@task(name="submit", task_run_name="submit attempt {plan.spec.attempt}", **RETRIES)
 def submit_job(provider: Provider[Any], record: RunRecord, plan: Plan) -> JobRef:
     """The attempt's job: the recorded one, or found or created from the stored plan."""
     ref = record.ref(plan.spec.attempt)
@@ -148,10 +148,10 @@ def submit_job(provider: Provider[Any], record: RunRecord, plan: Plan) -> JobRef
     return ref
 
 
-@task(name="watch", **RETRIES)
+@task(name="watch", task_run_name="train {plan.spec.config.model}, {plan.spec.config.epochs} epochs", **RETRIES)
 def watch_job(provider: Provider[Any], record: RunRecord, plan: Plan, ref: JobRef, listener: Listener) -> JobStatus:
     """The job's last status. A job that the provider no longer knows is lost, never a reason to create another under its key."""
-    reporter = ProgressReporter(record.run_id, get_run_logger())
+    reporter = ProgressReporter(record, get_run_logger())
 
     def tell(status: JobStatus) -> None:
         reporter.report(status)
@@ -163,7 +163,7 @@ def watch_job(provider: Provider[Any], record: RunRecord, plan: Plan, ref: JobRe
         return JobStatus(state=JobState.FAILED, native_state="lost", reason=FailureReason.INFRASTRUCTURE, message=exc.message)
 
 
-@task(name="collect", **RETRIES)
+@task(name="collect", task_run_name="collect: {status.state.value}", **RETRIES)
 def close_attempt(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobStatus) -> Outcome:
     """Collects the result of a job that is over and writes down how the attempt ended."""
     return close(provider, record, ref, status)

@@ -1,26 +1,45 @@
-"""What a run shows in Prefect: progress, figures per epoch, the report, where the model lies. No torch."""
+"""What a run shows in Prefect: tags beside its name, progress, figures per epoch, the report, where the model lies. No torch."""
 
 from __future__ import annotations
 
+import json
 import logging
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 from uuid import UUID
 
-from prefect.artifacts import (
-    create_link_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import ArtifactCreate
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.flows import Flow
+from prefect.logging.loggers import flow_run_logger
+from prefect.runtime import flow_run as current_flow_run
 
 from blocks.job import JobState, JobStatus, Result
 from blocks.record import RunFile, RunRecord
-from flows.reporting_text import build_report, describe_status, epoch_row, read_epochs
+from flows.identity import record_of_flow_run
+from flows.reporting_text import (
+    best_of,
+    build_ending,
+    build_report,
+    build_running_report,
+    describe_result,
+    describe_status,
+    ending_of,
+    epoch_table,
+    place,
+    read_epochs,
+    replace_tags,
+    running_tags,
+)
 from trainer.contract import AttemptLayout, RunLayout
 from trainer.files import read_json
 from trainer.storage import to_path
+
+Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 # Stable keys: Prefect keeps a history per key, so that runs can be compared on the Artifacts page.
 PROGRESS_KEY = "training-progress"
@@ -28,9 +47,12 @@ METRICS_KEY = "training-metrics"
 REPORT_KEY = "training-report"
 MODEL_KEY = "trained-model"
 
+# Epochs of a tenth of a second are not told one by one.
+TELL_SECONDS = 2.0
+
 
 @contextmanager
-def best_effort(logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> Generator[None]:
+def best_effort(logger: Logger) -> Generator[None]:
     """What Prefect shows must never end a training, or withhold a result that is paid for."""
     try:
         yield
@@ -38,41 +60,95 @@ def best_effort(logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) 
         logger.warning("Prefect did not take an artifact: %s: %s", type(exc).__name__, exc)
 
 
-class ProgressReporter:
-    """Tells Prefect once per epoch and on every change of state: artifacts cost about 10 ms each."""
+class RunPage:
+    """What one flow run shows: an artifact per key, found again by a flow that was restarted, and its tags."""
 
-    def __init__(self, run_id: str, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
-        self.run_id = run_id
+    def __init__(self, client: SyncPrefectClient, flow_run_id: UUID) -> None:
+        self.client = client
+        self.flow_run_id = flow_run_id
+        of_this_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+        self.ids = {made.key: made.id for made in client.read_artifacts(artifact_filter=of_this_run)}
+
+    def put(self, key: str, kind: str, data: Any, description: str) -> None:
+        known = self.ids.get(key)
+        if known is None:
+            made = ArtifactCreate(key=key, type=kind, data=data, description=description, flow_run_id=self.flow_run_id)
+            self.ids[key] = self.client.create_artifact(made).id
+        else:
+            # The client's own update also emits an event that holds all the data: per epoch, the whole table.
+            change = {"data": data, "description": description}
+            self.client.request("PATCH", "/artifacts/{id}", path_params={"id": known}, json=change)
+
+    def tag(self, tags: list[str]) -> None:
+        present = self.client.read_flow_run(self.flow_run_id).tags
+        self.client.request("PATCH", "/flow_runs/{id}", path_params={"id": self.flow_run_id}, json={"tags": replace_tags(present, tags)})
+
+
+@contextmanager
+def run_page(flow_run_id: UUID | str) -> Generator[RunPage]:
+    with get_client(sync_client=True) as client:
+        yield RunPage(client, UUID(str(flow_run_id)))
+
+
+class ProgressReporter:
+    """Tells Prefect on every change of state and of the epoch, at most every few seconds."""
+
+    def __init__(self, record: RunRecord, logger: Logger) -> None:
+        self.record = record
         self.logger = logger
-        self.seen: tuple[JobState, str, int] | None = None
-        self.artifact_id: UUID | None = None
+        self.logged: tuple[JobState, str, int] | None = None
+        self.told: tuple[JobState, str, int] | None = None
+        self.told_at = 0.0
 
     def report(self, status: JobStatus) -> None:
         epoch = status.progress.epoch if status.progress else 0
         now = (status.state, status.native_state, epoch)
-        if now == self.seen:
+        if now != self.logged:
+            self.logged = now
+            self.logger.info(describe_status(status))
+        same_state = self.told is not None and self.told[:2] == now[:2]
+        if now == self.told or (same_state and time.monotonic() - self.told_at < TELL_SECONDS):
             return
-        self.seen = now
-        self.logger.info(describe_status(status))
+        self.told, self.told_at = now, time.monotonic()
         with best_effort(self.logger):
             self._publish(status)
 
     def _publish(self, status: JobStatus) -> None:
+        run, epochs = self.record.run(), read_epochs(self.record)
         percent = 100.0 if status.state is JobState.SUCCEEDED else 100.0 * status.progress.fraction if status.progress else 0.0
-        if self.artifact_id is None:
-            made = create_progress_artifact(percent, key=PROGRESS_KEY, description=f"run {self.run_id}")
-            self.artifact_id = made if isinstance(made, UUID) else None
-        else:
-            update_progress_artifact(self.artifact_id, percent, description=f"run {self.run_id}: {describe_status(status)}")
+        line = f"{describe_status(status)} ({run.name})"
+        with run_page(current_flow_run.id) as page:
+            page.put(PROGRESS_KEY, "progress", percent, line)
+            page.put(METRICS_KEY, "table", json.dumps(epoch_table(epochs)), f"{best_of(epochs)} ({run.name})")
+            page.put(REPORT_KEY, "markdown", build_running_report(run, status, epochs), line)
+            page.tag(running_tags(status))
 
 
-def publish_report(record: RunRecord, run: RunFile, result: Result, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
+def publish_report(record: RunRecord, run: RunFile, result: Result, logger: Logger) -> None:
     """`report.md` in the run's folder; the figures per epoch, the report and the model's place in Prefect."""
     evaluation = read_json(to_path(result.manifest_uri).parent / AttemptLayout.EVALUATION) or {}
     report = build_report(run, result, record.dataset(), evaluation)
     record.folder.put(RunLayout.REPORT, report.encode())
-    title = f"{run.name} ({run.run_id})"
+    line = f"{describe_result(result)} ({run.name})"
+    epochs = read_epochs(record)
+    with best_effort(logger), run_page(current_flow_run.id) as page:
+        page.put(METRICS_KEY, "table", json.dumps(epoch_table(epochs)), f"{best_of(epochs)} ({run.name})")
+        page.put(REPORT_KEY, "markdown", report, line)
+        page.put(MODEL_KEY, "markdown", f"[model.pt]({result.model_uri})\n\n`{place(result.model_uri)}`", line)
+        figure = result.metrics.get("map50")
+        figures = [f"{result.metrics_split} mAP50 {figure:.3f}"] if figure is not None else []
+        page.tag([f"epoch {result.epochs}/{result.epochs}", *figures, "next: model and report under Artifacts"])
+
+
+def report_ending(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Hook: the run failed or was cancelled, perhaps in another process than this one, perhaps before it had a record."""
+    logger = flow_run_logger(flow_run)
     with best_effort(logger):
-        create_table_artifact([epoch_row(progress) for progress in read_epochs(record)], key=METRICS_KEY, description=f"{title} per epoch")
-        create_markdown_artifact(report, key=REPORT_KEY, description=title)
-        create_link_artifact(result.model_uri, link_text="model.pt", key=MODEL_KEY, description=title)
+        record = record_of_flow_run(flow_run)
+        ending = ending_of(record, flow_run.name, state.message or "", cancelled=state.type in (StateType.CANCELLED, StateType.CANCELLING))
+        with run_page(flow_run.id) as page:
+            page.put(REPORT_KEY, "markdown", build_ending(ending), ending.line)
+            page.tag(ending.tags)
+            if epochs := read_epochs(record) if record.exists() else []:
+                page.put(METRICS_KEY, "table", json.dumps(epoch_table(epochs)), f"{best_of(epochs)} ({flow_run.name})")
+                page.put(PROGRESS_KEY, "progress", 100.0 * epochs[-1].fraction, ending.line)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
-from blocks.job import JobStatus, Result
+from blocks.job import JobStatus, Result, seconds_between
 from blocks.record import RunFile, RunRecord
 from trainer.contract import METRIC_NAMES, AttemptLayout, Progress
 from trainer.dataset import DatasetIndex, DatasetProblem, ProblemKind
+from trainer.storage import to_path
+
+MOST_EPOCHS_SHOWN = 200  # all of them are in progress.jsonl
+TAG_PREFIXES = ("epoch ", "val mAP50 ", "test mAP50 ", "ETA ", "job: ", "cause: ", "next: ")
 
 
 def describe_status(status: JobStatus) -> str:
@@ -49,20 +56,192 @@ def read_epochs(record: RunRecord) -> list[Progress]:
 
 
 def epoch_row(progress: Progress) -> dict[str, Any]:
-    figures = {name: round(value, 4) for name, value in {**progress.metrics, **progress.losses}.items()}
-    return {"epoch": progress.epoch, **figures, "images/s": round(progress.images_per_second or 0, 1)}
+    names = {"map50": "val mAP50", "map50_95": "val mAP50-95", "precision": "precision", "recall": "recall"}
+    figures = {label: round(progress.metrics[name], 3) for name, label in names.items() if name in progress.metrics}
+    losses = {name: round(value, 3) for name, value in progress.losses.items()}
+    return {"epoch": progress.epoch, **figures, "images/s": round(progress.images_per_second or 0), **losses}
+
+
+def epoch_table(epochs: list[Progress]) -> list[dict[str, Any]]:
+    """The newest epoch first, where it is seen without scrolling."""
+    return [epoch_row(progress) for progress in reversed(epochs[-MOST_EPOCHS_SHOWN:])]
+
+
+def best_of(epochs: list[Progress]) -> str:
+    scored = [progress for progress in epochs if "map50" in progress.metrics]
+    best = max(scored, key=lambda progress: progress.metrics["map50"], default=None)
+    return f"best val mAP50 {best.metrics['map50']:.3f} at epoch {best.epoch}" if best else "no figures yet"
+
+
+# --- Tags: the only words that Prefect shows beside a run's name, on its page and in the list of runs ---------
+
+
+def running_tags(status: JobStatus) -> list[str]:
+    """How far, how good, how long still."""
+    progress = status.progress
+    if progress is None or not progress.epoch:
+        return [f"job: {status.state.value}"]
+    tags = [f"epoch {progress.epoch}/{progress.epochs}"]
+    tags += [f"val mAP50 {progress.metrics['map50']:.3f}"] if "map50" in progress.metrics else []
+    return tags + ([f"ETA {format_seconds(progress.eta_seconds)}"] if progress.eta_seconds and not status.state.is_terminal else [])
+
+
+def replace_tags(present: list[str], ours: list[str]) -> list[str]:
+    """Those of the user and the deployment stay."""
+    return [tag for tag in present if not tag.startswith(TAG_PREFIXES)] + ours
+
+
+# --- Reports: headline, then what to do, then tables ----------------------------------------------------------
+
+
+def describe_result(result: Result) -> str:
+    """One line: how good, where, at what cost."""
+    return (
+        f"mAP50 {format_figure(result.metrics.get('map50'))} on the {result.metrics_split} split after {result.epochs} epochs,"
+        f" {format_seconds(result.duration_seconds)}, cost {format_cost(result.cost_usd)}. Model: {place(result.model_uri)}"
+    )
+
+
+def place(uri: str) -> str:
+    """A path where it is one: people paste it."""
+    return str(to_path(uri)) if uri.startswith("file:") else uri
+
+
+def build_running_report(run: RunFile, status: JobStatus, epochs: list[Progress]) -> str:
+    """Pure: what the report says until there is a result."""
+    lines = [
+        f"# {run.name}: {describe_status(status)}",
+        "",
+        f"**{best_of(epochs)}**, cost so far {format_cost(status.cost_usd)}.",
+        "",
+        "Next: wait; this page and `training-metrics` grow with each epoch. Cancel here stops the training and keeps a checkpoint.",
+        "",
+        *command_lines({"Follow": f"trainyard logs -f {run.run_id}", "Stop": f"trainyard cancel {run.run_id}"}),
+    ]
+    return "\n".join([*lines, run_line(run)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a run without a result ended, for people."""
+
+    name: str
+    state: str
+    cause: str
+    next: str
+    checkpoint: str = ""
+    facts: dict[str, str]
+    commands: dict[str, str]
+    tags: list[str]
+
+    @property
+    def line(self) -> str:
+        return f"{self.state}: {self.cause}. Next: {self.next} ({self.name})"
+
+
+def ending_of(record: RunRecord, flow_run_name: str, message: str, *, cancelled: bool) -> Ending:
+    """From the record; of a run that has none, since it was refused before, from the message of Prefect's state."""
+    cause, _, hint = re.sub(r"^Flow run encountered an exception: (\w+: )?", "", message).partition(" Next: ")
+    cause = cause.rstrip(".")
+    state = "cancelled" if cancelled else "failed"
+    if not record.exists():
+        hint = hint or "nothing was started or spent; mend it and start again"
+        tags = [f"cause: {shorten(cause)}", "next: report under Artifacts"]
+        return Ending(name=flow_run_name, state=state, cause=cause, next=hint, facts={"Cost": "$0.00"}, commands={}, tags=tags)
+    run, attempts, epochs = record.run(), record.attempts(), read_epochs(record)
+    outcome = record.outcome(attempts[-1]) if attempts else None
+    asked = record.cancel_request(attempts[-1] if attempts else 1)
+    resume = f"uv run trainyard resume {run.run_id}"
+    if outcome is not None and outcome.message and not cancelled:
+        cause, hint = outcome.message, outcome.hint
+    if cancelled:
+        cause = (asked.why or f"{asked.asked_by} asked to stop it") if asked else cause or "cancelled"
+    checkpoint = newest_checkpoint(record)
+    go_on = f"`{resume}` goes on from the checkpoint" if checkpoint else "start it again"
+    still_open = bool(attempts) and outcome is None
+    if still_open:
+        go_on = f"the job may still run and cost: `uv run trainyard status {run.run_id}`, `uv run trainyard cancel {run.run_id}`"
+    status = outcome.status if outcome else None
+    last = epochs[-1] if epochs else None
+    facts = {
+        "Epochs": f"{last.epoch} of {last.epochs}" if last else "0",
+        "How good": best_of(epochs),
+        "Cost": format_cost(status.cost_usd if status else None),
+        "Time": format_seconds(seconds_between(status.started_at, status.ended_at))
+        if status and status.started_at and status.ended_at
+        else "-",
+    }
+    what = outcome.reason.value if outcome and outcome.reason and not cancelled else shorten(cause)
+    tags = [f"epoch {last.epoch}/{last.epochs}"] if last else []
+    tags += [f"cause: {what}", f"next: trainyard resume {run.run_id}" if checkpoint and not still_open else "next: report under Artifacts"]
+    commands = {"What it did": f"uv run trainyard logs {run.run_id}"}
+    hint = f"{hint}; or {go_on}" if hint and not cancelled else go_on
+    return Ending(
+        name=run.name,
+        state=state,
+        cause=cause.rstrip("."),
+        next=hint,
+        checkpoint=place(checkpoint) if checkpoint else "",
+        facts=facts,
+        commands=commands,
+        tags=tags,
+    )
+
+
+def newest_checkpoint(record: RunRecord) -> str | None:
+    """Where the last one lies that has a record, as only those are gone on from."""
+    for attempt in reversed(record.attempts()):
+        folder = f"attempts/{attempt}/{AttemptLayout.CHECKPOINTS}"
+        names = record.folder.names(folder)
+        found = sorted(name for name in names if name.endswith(".pt") and f"{name.removesuffix('.pt')}.json" in names)
+        if found:
+            return f"{record.uri}/{folder}/{found[-1]}"
+    return None
+
+
+def shorten(text: str, length: int = 40) -> str:
+    return text if len(text) <= length else f"{text[: length - 1].rstrip()}…"
+
+
+def build_ending(ending: Ending) -> str:
+    """Pure: the report of a run without a result."""
+    facts = ending.facts
+    return "\n".join(
+        [
+            *(f"# {ending.name}: {ending.state}", "", f"**Cause:** {ending.cause}", "", f"**Next:** {ending.next}", ""),
+            *(f"Last checkpoint: {f'`{ending.checkpoint}`' if ending.checkpoint else 'none'}", ""),
+            *command_lines(ending.commands),
+            *(f"| {' | '.join(facts)} |", "|" + "---|" * len(facts), f"| {' | '.join(facts.values())} |", ""),
+        ]
+    )
+
+
+def command_lines(commands: dict[str, str]) -> list[str]:
+    return [*(f"- {what}: `{command}`" for what, command in commands.items()), ""] if commands else []
+
+
+def run_line(run: RunFile) -> str:
+    return f"Run `{run.run_id}`, owner {run.owner}, provider {run.provider}, started {run.created_at:%Y-%m-%d %H:%M} UTC."
 
 
 def build_report(run: RunFile, result: Result, index: DatasetIndex | None, evaluation: dict[str, Any]) -> str:
     """Pure: the run's report as markdown. The verdict first."""
+    model = shlex.quote(place(result.model_uri))
+    commands = {
+        "Predict": f"uv run yolo predict model={model} source=IMAGES",
+        "Train on from it": f"uv run trainyard train DATASET --weights {model}",
+        "All of the run": f"uv run trainyard status {run.run_id}",
+    }
     lines = [
-        f"# {run.name}",
+        f"# {run.name}: succeeded, mAP50 {format_figure(result.metrics.get('map50'))}",
         "",
         f"**mAP50 {format_figure(result.metrics.get('map50'))}** on the {result.metrics_split} split"
-        f" (mAP50-95 {format_figure(result.metrics.get('map50_95'))}), best of {result.epochs} epochs: {result.best_epoch}.",
+        f" (mAP50-95 {format_figure(result.metrics.get('map50_95'))}), best of {result.epochs} epochs: {result.best_epoch}."
+        f" Time {format_seconds(result.duration_seconds)}, cost {format_cost(result.cost_usd)}.",
         "",
-        f"Model: `{result.model_uri}`",
+        f"Model: `{place(result.model_uri)}`",
         "",
+        *command_lines(commands),
         "| " + " | ".join(METRIC_NAMES) + " | cost | time |",
         "|" + "---|" * (len(METRIC_NAMES) + 2),
         "| "
@@ -73,7 +252,7 @@ def build_report(run: RunFile, result: Result, index: DatasetIndex | None, evalu
     lines += class_table(evaluation)
     if index is not None:
         lines += dataset_lines(index)
-    lines += ["", f"Run `{run.run_id}`, owner {run.owner}, provider {run.provider}, started {run.created_at:%Y-%m-%d %H:%M} UTC."]
+    lines += ["", run_line(run)]
     return "\n".join(lines)
 
 

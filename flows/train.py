@@ -7,25 +7,28 @@ machine that sees the run's folder. What stops a job is a person, its deadline o
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
-from prefect.client.schemas.objects import FlowRun, State
-from prefect.flows import Flow
+from prefect.client.schemas.objects import State
+from prefect.context import FlowRunContext
+from prefect.exceptions import TerminationSignal
 from prefect.runtime import deployment
 from prefect.runtime import flow_run as current_flow_run
-from prefect.states import Cancelled
+from prefect.states import Cancelled, Completed
 
-from blocks.attempts import Action, Step, cancel_run, may_resume, next_step_of, result_of
-from blocks.driving import Heartbeat, driving, forget
+from blocks.attempts import Action, Step, may_resume, next_step_of, result_of
+from blocks.driving import Heartbeat, driving
 from blocks.errors import RunCancelled
-from blocks.job import JobSpec, JobStatus, Resources, Result, TrainRequest
+from blocks.job import JobSpec, JobStatus, Resources, Result, TrainRequest, form_field
 from blocks.naming import display_name
 from blocks.profiles import load_profile
 from blocks.provider import Provider
 from blocks.record import RunFile, RunRecord, default_output_uri
 from flows import job_tasks, reporting
-from flows.identity import choose_run_id, record_of_flow_run
+from flows.cancelling import cancel_job, stop_if_cancelled
+from flows.identity import choose_run_id
+from flows.reporting_text import describe_result
 from flows.telling import tell_news
 from flows.watching import Listener
 from trainer.contract import SplitConfig, TrainConfig
@@ -55,53 +58,38 @@ def build_flow_run_name() -> str:
     return f"{name}-{run_id[:6]}"
 
 
-def cancel_job(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Hook: a person cancelled the flow run in Prefect. Runs in another process than the flow, so all comes from the record."""
-    record = record_of_flow_run(flow_run)
-    if record.exists():
-        outcome = cancel_run(record, asked_by=f"Prefect flow run {flow_run.name}", why="cancelled in Prefect")
-        if outcome is not None:
-            forget(record, str(flow_run.id))
+ASKED = TrainRequest.model_fields  # constraints and descriptions of the run form in the Prefect UI
 
 
-@flow(name="train", flow_run_name=name_flow_run, on_cancellation=[cancel_job], persist_result=False)
+@flow(
+    name="train",
+    flow_run_name=name_flow_run,
+    on_cancellation=[cancel_job, reporting.report_ending],
+    on_failure=[reporting.report_ending],
+    persist_result=False,
+)
 def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Prefect UI
-    dataset: str,
-    profile: str = "local",
-    config: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
-    split: SplitConfig = SplitConfig(),  # noqa: B008
-    resources: Resources = Resources(),  # noqa: B008
-    max_problem_share: float = 0.05,
-    max_runtime_seconds: int = 86_400,
-    max_cost_usd: float | None = None,
-    max_attempts: int = 3,
-    output: str | None = None,
-    name: str | None = None,
-    project: str | None = None,
-    cost_centre: str | None = None,
-    run_id: str | None = None,
-    run_key: str | None = None,
-    resume: bool = False,
+    dataset: Annotated[str, ASKED["dataset"]],
+    profile: Annotated[str, ASKED["profile"]] = "local",
+    config: Annotated[TrainConfig, ASKED["config"]] = TrainConfig(),  # noqa: B008 - frozen
+    split: Annotated[SplitConfig, ASKED["split"]] = SplitConfig(),  # noqa: B008
+    resources: Annotated[Resources, ASKED["resources"]] = Resources(),  # noqa: B008
+    max_problem_share: Annotated[float, ASKED["max_problem_share"]] = 0.05,
+    max_runtime_seconds: Annotated[int, ASKED["max_runtime_seconds"]] = 86_400,
+    max_cost_usd: Annotated[float | None, ASKED["max_cost_usd"]] = None,
+    max_attempts: Annotated[int, ASKED["max_attempts"]] = 3,
+    name: Annotated[str | None, ASKED["name"]] = None,
+    output: Annotated[str | None, ASKED["output"]] = None,
+    project: Annotated[str | None, ASKED["project"]] = None,
+    cost_centre: Annotated[str | None, ASKED["cost_centre"]] = None,
+    run_key: Annotated[str | None, form_field("Run key", "For CI: the same key, a commit and a dataset version, is the same run.")] = None,
+    run_id: Annotated[str | None, form_field("Run to go on with", "The id of an earlier run. Empty: a new run.")] = None,
+    resume: Annotated[bool, form_field("Resume", "Go on from the checkpoint of that run, which failed or was stopped.")] = False,
 ) -> dict[str, Any] | State[Any]:
     """Train a vision model on a dataset and return its verified model and figures.
 
-    Args:
-        dataset: Folder (absolute path) of images with labels: Ultralytics YOLO, COCO JSON or Pascal VOC.
-        profile: Where to train: the name of a saved profile; `local` trains on the worker's machine.
-        config: How to train.
-        split: How to make the splits that the dataset lacks.
-        resources: What the job needs of a machine.
-        max_problem_share: Refuse a dataset with a larger share of broken images, 0 to 1.
-        max_runtime_seconds: Stop the job after this many seconds.
-        max_cost_usd: Refuse a plan that could cost more than this many US dollars.
-        max_attempts: Attempts in all when machines are taken away or break.
-        output: Folder or bucket URI for runs; empty: the profile's.
-        name: Display name; empty: from dataset and model.
-        project: Label for reports.
-        cost_centre: Label for reports.
-        run_id: Go on with this run; empty: a new run.
-        run_key: The same key is the same run, for CI: commit and dataset version, say.
-        resume: Go on from the checkpoint of a run that failed or was stopped.
+    What is asked for is a TrainRequest, whose fields are described there. With `run_key` or `run_id` the flow finds
+    an earlier run; `resume` goes on from its checkpoint where it failed or was stopped.
     """
     request = TrainRequest(
         dataset=dataset,
@@ -130,12 +118,24 @@ def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Pr
     with driving(record, flow_run_id, deployed=deployed, max_attempts=max_attempts) as beat:
         try:
             run, result = go_through(provider, record, request, flow_run_id, beat, resume=resume)
+        except TerminationSignal:
+            stop_if_cancelled(record, flow_run_id)
+            raise
         except RunCancelled as exc:
             if LISTENER.get() is not _ignore:
                 raise
             # Stopped from the command line, say: Prefect shows it as what it is, not as a failure.
-            return Cancelled(message=str(exc))
-    return summarize(run, result)
+            return end_as_cancelled(str(exc))
+    return Completed(data=summarize(run, result), message=describe_result(result))
+
+
+def end_as_cancelled(message: str) -> State[Any]:
+    """The state of a run that was stopped from outside Prefect, after its report: no hook runs for a returned state."""
+    state = Cancelled(message=message)
+    context = FlowRunContext.get()
+    if context is not None and context.flow_run is not None:
+        reporting.report_ending(train, context.flow_run, state)
+    return state
 
 
 def go_through(
@@ -161,8 +161,10 @@ def go_through(
             step = next_step_of(record, max_attempts=request.max_attempts)
         result = result_of(record, step)
         reporting.publish_report(record, run, result, get_run_logger())
-    finally:
+    except Exception:
         beat.keep = not tell_news(record, run, get_run_logger())
+        raise
+    beat.keep = not tell_news(record, run, get_run_logger())
     return run, result
 
 

@@ -73,35 +73,35 @@ class TrainConfig(UserInput):
     trainer), a local file, or none for random initial values.
     """
 
-    framework: Framework = Field(default=Framework.YOLO, description="Training framework.")
-    task: Task = Field(default=Task.OBJECT_DETECTION, description="What the model predicts.")
     model: str = Field(default="yolo11n", min_length=1, description="Architecture: yolo11n, yolo26s, yolo11-pico, or a YAML file.")
-    weights: str | None = Field(
-        default=None, min_length=1, description="Start from these weights: a published name or a file. Empty: from scratch."
-    )
     epochs: int = Field(default=100, ge=1, le=10_000, description="Passes over the training split.")
-    batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
-        default=16, description="Images per step, or auto (fills the GPU)."
-    )
     image_size: int = Field(
         default=640, ge=32, le=4096, multiple_of=32, description="Side of the square input in pixels, a multiple of 32."
     )
+    batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
+        default=16, description="Images per step, or auto (fills the GPU)."
+    )
+    weights: str | None = Field(
+        default=None, min_length=1, description="Start from these weights: a published name or a file. Empty: from scratch."
+    )
+    task: Task = Field(default=Task.OBJECT_DETECTION, title="Task", description="What the model predicts.")
+    patience: int | None = Field(default=None, ge=1, le=10_000, description="Stop after so many epochs without improvement. Empty: never.")
     learning_rate: float | None = Field(default=None, gt=0, le=1, description="Initial learning rate. Empty: chosen by the framework.")
     optimizer: Literal["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSProp", "MuSGD"] | None = Field(
-        default=None, description="Optimizer. Empty: AdamW where a learning rate is given, else chosen by the framework."
+        default=None, description="Empty: AdamW where a learning rate is given, else chosen by the framework."
     )
-    workers: int | None = Field(default=None, ge=0, le=128, description="Data-loading processes. Empty: by the machine's cores.")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Seed of initial values, shuffling and augmentation.")
-    patience: int | None = Field(default=None, ge=1, le=10_000, description="Stop after so many epochs without improvement. Empty: never.")
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+(,\d+)*)?)$", description="auto, cpu, mps, cuda, cuda:0 or cuda:0,1."
     )
+    workers: int | None = Field(default=None, ge=0, le=128, description="Data-loading processes. Empty: by the machine's cores.")
     augmentations: list[dict[str, JsonValue]] | None = Field(
         default=None, description='Albumentations pipeline: [{"transform": "HorizontalFlip", "p": 0.5}, ...]. Empty: the framework\'s own.'
     )
     model_params: dict[str, JsonValue] = Field(
-        default_factory=dict, description="Further settings passed to the framework, by its own names."
+        default_factory=dict, title="Further settings", description="Passed to the framework, by its own names: mosaic, lrf, ..."
     )
+    framework: Framework = Field(default=Framework.YOLO, title="Framework", description="Training framework.")
 
 
 class SplitConfig(UserInput):
@@ -111,10 +111,16 @@ class SplitConfig(UserInput):
     is equal stay in one split, because burst photographs leak through a random one.
     """
 
-    by: str | None = Field(default=None, description=r"Pattern in the file name that groups images, e.g. '^(cam\d+_\d+)'.")
-    val: float = Field(default=0.1, ge=0, lt=1, description="Share of images for validation where the set has none.")
+    by: str | None = Field(
+        default=None, title="Keep together", description=r"Pattern in the file name that groups images, e.g. '^(cam\d+_\d+)'."
+    )
+    val: float = Field(default=0.1, ge=0, lt=1, title="Validation", description="Share of images for validation where the set has none.")
     test: float = Field(
-        default=0.1, ge=0, lt=1, description="Share of images for the test where the set has none. 0: report the validation figure."
+        default=0.1,
+        ge=0,
+        lt=1,
+        title="Test",
+        description="Share of images for the test where the set has none. 0: report the validation figure.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the split.")
 

@@ -1,12 +1,22 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from blocks.job import JobState, JobStatus, Result
-from blocks.record import RunFile
-from flows.reporting_text import build_report, describe_status, format_seconds
+from blocks.record import CancelRequest, RunFile, RunRecord
+from flows.reporting_text import (
+    build_ending,
+    build_report,
+    describe_status,
+    ending_of,
+    epoch_table,
+    format_seconds,
+    replace_tags,
+    running_tags,
+)
 from trainer.contract import Phase, Progress
 
 
@@ -41,3 +51,40 @@ def test_report_tells_the_verdict_first_and_knows_classes_without_figures() -> N
     assert lines[2].startswith("**mAP50 0.690** on the test split")
     assert "| rare | 0 | - | - | - | - |" in lines
     assert "unknown" in "".join(lines), "no price, so no cost"
+
+
+def training(epoch: int) -> Progress:
+    return Progress(attempt=1, phase=Phase.TRAINING, epoch=epoch, epochs=20, metrics={"map50": epoch / 100}, eta_seconds=75)
+
+
+def test_tags_say_how_far_and_how_good_and_keep_those_of_others() -> None:
+    tags = running_tags(JobStatus(state=JobState.RUNNING, progress=training(3)))
+    assert tags == ["epoch 3/20", "val mAP50 0.030", "ETA 1m15s"]
+    assert running_tags(JobStatus(state=JobState.QUEUED)) == ["job: queued"]
+    assert replace_tags(["trainyard", "mine", "epoch 2/20", "ETA 2m"], tags) == ["trainyard", "mine", *tags]
+
+
+def test_the_newest_epoch_is_the_first_row() -> None:
+    assert [row["epoch"] for row in epoch_table([training(1), training(2), training(3)])] == [3, 2, 1]
+
+
+def test_a_refused_run_without_a_record_is_told_by_its_message(tmp_path: Path) -> None:
+    message = "Flow run encountered an exception: TrainerError: no dataset at /x. Next: check the path"
+    ending = ending_of(RunRecord(str(tmp_path), "abcd"), "bccd-yolo11n-abcd", message, cancelled=False)
+    assert (ending.cause, ending.next) == ("no dataset at /x", "check the path")
+    assert build_ending(ending).splitlines()[:5] == [
+        "# bccd-yolo11n-abcd: failed",
+        "",
+        "**Cause:** no dataset at /x",
+        "",
+        "**Next:** check the path",
+    ]
+
+
+def test_a_run_cancelled_before_its_plan_says_who(tmp_path: Path) -> None:
+    record = RunRecord(str(tmp_path), "abcd")
+    record.open(RunFile(run_id="abcd", name="bccd-yolo11n", request={}, request_hash="", provider="local", settings={}, owner="me"))
+    record.request_cancel(CancelRequest(attempt=1, asked_by="me@here"))
+    ending = ending_of(record, "bccd-yolo11n-abcd", "", cancelled=True)
+    assert ending.cause == "me@here asked to stop it"
+    assert "epoch" not in " ".join(ending.tags)
