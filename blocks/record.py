@@ -39,6 +39,13 @@ class RunFile(StoredRecord):
     created_at: AwareDatetime = Field(default_factory=utc_now)
     versions: dict[str, str] = Field(default_factory=dict)
 
+    def current_hash(self) -> str:
+        """The request's hash as this version makes it: a field that is new, with its default, changes nothing."""
+        try:
+            return request_hash(TrainRequest.model_validate(self.request))
+        except ValidationError:  # written by a newer version, with a field that this one does not know
+            return self.request_hash
+
 
 class Outcome(StoredRecord):
     """``outcome.json``: how an attempt ended. Its existence closes the attempt."""
@@ -106,7 +113,7 @@ class RunRecord:
         if self._create(RunLayout.RUN, run):
             return run
         stored = self.run()
-        if stored.request_hash != run.request_hash:
+        if stored.current_hash() != run.request_hash:
             raise PlanChanged(
                 f"run {self.run_id} exists and asks for something else: {describe_difference(stored.request, run.request)}",
                 run_id=self.run_id,

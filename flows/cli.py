@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+COMPLETE = "_TRAINYARD_COMPLETE"  # set by the script that `trainyard completion` prints
 
 COMMANDS = {
     "demo": ("flows.cli_train", "Train on a small synthetic set: a first look, needs nothing."),
@@ -18,7 +25,16 @@ COMMANDS = {
     "cancel": ("flows.cli_runs", "Stop a run and wait for proof."),
     "resume": ("flows.cli_train", "Go on from the checkpoint of a run that failed or was stopped."),
     "dataset": ("flows.cli_dataset", "Check a dataset before training."),
+    "up": ("flows.cli_server", "Keep a Prefect server and a worker running here, with UI."),
+    "down": ("flows.cli_server", "Stop what `trainyard up` keeps running."),
+    "install": ("flows.cli_server", "Put what Trainyard needs on your own Prefect server."),
+    "completion": ("flows.cli_completion", "Print the completion script for bash, zsh or fish."),
 }
+
+
+def is_completing_word() -> bool:
+    """Whether the shell asks to complete a word that is no option: a run's id, say, which needs no command's module."""
+    return COMPLETE in os.environ and not os.environ.get("COMP_WORDS", "").rpartition(" ")[2].startswith("-")
 
 
 class LazyGroup(click.Group):
@@ -30,7 +46,20 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        if is_completing_word():
+            from flows.cli_completion import stand_in
+
+            quick = stand_in(cmd_name)
+            if quick is not None:
+                return quick
         return getattr(import_module(COMMANDS[cmd_name][0]), cmd_name)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Without importing what is only named."""
+        from click.shell_completion import CompletionItem
+
+        names = [CompletionItem(name, help=text) for name, (_, text) in COMMANDS.items() if name.startswith(incomplete)]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -46,10 +75,15 @@ def app() -> None:
     """
 
 
+def use_colour() -> bool | None:
+    """False where NO_COLOR says so (no-color.org); else click decides by what it writes to."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
 def main() -> None:
     """The entry point. Expected failures are told in one screen, with the exit code of their class."""
     try:
-        app.main(standalone_mode=False)
+        app.main(standalone_mode=False, complete_var=COMPLETE, color=use_colour())
     except click.ClickException as exc:
         exc.show()
         sys.exit(exc.exit_code)
@@ -68,7 +102,7 @@ def tell(exc: Exception) -> int:
 
     if not isinstance(exc, TrainyardError):
         raise exc
-    click.secho(f"error: {exc.message}", fg="red", err=True)
+    click.secho(f"error: {exc.message}", fg="red", err=True, color=use_colour())
     if exc.hint:
         click.echo(f"next:  {exc.hint}", err=True)
     return int(exc.code)

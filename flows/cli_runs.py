@@ -9,21 +9,28 @@ import getpass
 import json
 import socket
 import time
+from datetime import datetime, timedelta
 from typing import Any
 
 import click
+from pydantic import ValidationError
 
 from blocks import load_provider
 from blocks.attempts import Action, cancel_run, next_step_of
-from blocks.errors import ConfigError, JobNotFound
+from blocks.errors import ConfigError, JobNotFound, RunNotFound, ServiceUnavailable
 from blocks.job import JobRef, JobState, JobStatus, TrainRequest
 from blocks.provider import Provider
-from blocks.record import RunRecord, all_runs, find_run
+from blocks.record import RunFile, RunRecord, find_run, known_outputs
+from flows.cli_clean import Age, prune, rm
+from flows.cli_completion import run_argument
 from flows.display import print_table
 from flows.reporting_text import describe_status, format_cost, format_seconds
 from trainer.contract import ExitCode, utc_now
+from trainer.storage import ObjectFolder
 
 FOLLOW_SECONDS = 1.0
+# From the end of a job to its outcome in the record: a result is collected in between.
+CLOSE_PATIENCE_SECONDS = 60.0
 
 
 def observe(record: RunRecord) -> tuple[JobStatus, int]:
@@ -78,24 +85,71 @@ def summarize(record: RunRecord) -> dict[str, Any]:
     }
 
 
-@click.command()
+@click.group(invoke_without_command=True)
+@click.option("--state", "states", multiple=True, type=click.Choice([state.value for state in JobState]), help="Only runs in this state.")
+@click.option("--name", default="", help="Only runs with this in their name.")
+@click.option("--owner", help="Only runs of this person.")
+@click.option("--provider", help="Only runs on this provider.")
+@click.option("--since", type=Age(), help="Only runs begun in this time, such as 12h or 2d.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many, the newest.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
-def runs(as_json: bool) -> None:
-    """List the runs of the known output folders, newest first."""
-    rows = [summarize(record) for record in reversed(all_runs())]
+@click.pass_context
+def runs(ctx: click.Context, as_json: bool, states: tuple[str, ...], limit: int | None, **filters: Any) -> None:
+    """List the runs of the known output folders, newest first; `rm` and `prune` delete."""
+    if ctx.invoked_subcommand is not None:
+        return
+    rows: list[dict[str, Any]] = []
+    records, damaged = listed_runs()
+    for record in records:
+        if limit is not None and len(rows) >= limit:
+            break
+        if not fits(record.run(), **filters):
+            continue
+        try:
+            row = summarize(record)
+        except ValidationError as exc:
+            damaged[record.uri] = exc
+            continue
+        if not states or row["state"] in states:
+            rows.append(row)
+    for uri, exc in damaged.items():
+        click.echo(f"damaged: {uri} ({exc.title}: {exc.error_count()} problem(s), the first: {exc.errors()[0]['msg']})", err=True)
     if as_json:
         click.echo(json.dumps(rows))
-        return
-    if not rows:
-        click.echo("no runs yet; a first one:  trainyard demo")
-        return
-    columns = ("run", "name", "state", "epoch", "mAP50", "age", "cost", "owner")
-    print_table("", columns, [table_row(row) for row in rows])
+    elif rows:
+        print_table("", ("run", "name", "state", "epoch", "mAP50", "age", "cost", "owner"), [table_row(row) for row in rows])
+    else:
+        click.echo("no such runs" if records else "no runs yet; a first one:  trainyard demo")
+
+
+runs.add_command(rm)
+runs.add_command(prune)
+
+
+def listed_runs() -> tuple[list[RunRecord], dict[str, ValidationError]]:
+    """The readable runs, newest first, and the folders of those whose `run.json` is damaged."""
+    found: list[tuple[datetime, RunRecord]] = []
+    damaged: dict[str, ValidationError] = {}
+    for record in (RunRecord(uri, name) for uri in known_outputs() for name in ObjectFolder(uri).names()):
+        try:
+            found.append((record.run().created_at, record))
+        except RunNotFound:  # somebody else's folder
+            continue
+        except ValidationError as exc:
+            damaged[record.uri] = exc
+    return [record for _, record in sorted(found, key=lambda pair: pair[0], reverse=True)], damaged
+
+
+def fits(run: RunFile, *, name: str, owner: str | None, provider: str | None, since: timedelta | None) -> bool:
+    return (
+        name.lower() in run.name.lower()
+        and owner in (None, run.owner)
+        and provider in (None, run.provider)
+        and (since is None or run.created_at >= utc_now() - since)
+    )
 
 
 def table_row(row: dict[str, Any]) -> tuple[str, ...]:
-    from datetime import datetime
-
     age = (utc_now() - datetime.fromisoformat(row["created_at"])).total_seconds()
     map50 = row["metrics"].get("map50")
     state = f"{row['state']} ({row['reason']})" if row["reason"] else row["state"]
@@ -112,7 +166,7 @@ def table_row(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 @click.command()
-@click.argument("run")
+@run_argument
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def status(run: str, as_json: bool) -> None:
     """Show RUN: state, figures, cause and next step, and where its files lie."""
@@ -138,34 +192,64 @@ def status(run: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("run")
-@click.option("--follow", "-f", is_flag=True, help="Go on until the run ends.")
+@run_argument
+@click.option("--follow", "-f", is_flag=True, help="Go on until the run ends, over all its attempts.")
 def logs(run: str, follow: bool) -> None:
     """Print the log of RUN's latest attempt."""
     record = find_run(run)
-    provider = provider_of(record)
+    if follow:
+        follow_run(record)
+        return
     ref = latest_ref(record)
-    cursor = ""
+    if ref is None:
+        raise ConfigError(f"run {record.run_id} has no job yet", hint=f"`trainyard status {record.run_id}`")
+    print_log(record, ref, until_end=False)
+
+
+def follow_run(record: RunRecord) -> None:
+    """The log of the latest attempt and of those that follow it, to the end of the run."""
+    if latest_ref(record) is None and not is_over(record):
+        click.echo(f"run {record.run_id} has no job yet; waiting for it", err=True)
+    shown = 0
+    idle_since = time.monotonic()
+    while True:
+        ref = latest_ref(record)
+        if ref is not None and ref.attempt > shown:
+            if shown:
+                click.echo(f"--- attempt {ref.attempt} ---")
+            print_log(record, ref, until_end=True)
+            shown, idle_since = ref.attempt, time.monotonic()
+        elif is_over(record):
+            return
+        elif shown and time.monotonic() - idle_since > CLOSE_PATIENCE_SECONDS:
+            message = f"attempt {shown} of run {record.run_id} ended {CLOSE_PATIENCE_SECONDS:.0f} s ago, and nobody goes on with the run"
+            raise ServiceUnavailable(
+                message, hint=f"`trainyard resume {record.run_id}` goes on; `trainyard cancel {record.run_id}` ends it"
+            )
+        else:
+            time.sleep(FOLLOW_SECONDS)
+
+
+def print_log(record: RunRecord, ref: JobRef, *, until_end: bool) -> None:
+    provider, cursor = provider_of(record), ""
     while True:
         batch = provider.logs(ref, cursor)
         for line in batch.lines:
             click.echo(line)
         cursor = batch.cursor
-        if batch.ended or not (follow or batch.lines):
+        if batch.ended or not (until_end or batch.lines):
             return
         if not batch.lines:
             time.sleep(FOLLOW_SECONDS)
 
 
-def latest_ref(record: RunRecord) -> JobRef:
+def latest_ref(record: RunRecord) -> JobRef | None:
     refs = [ref for ref in map(record.ref, record.attempts()) if ref is not None]
-    if not refs:
-        raise ConfigError(f"run {record.run_id} has no job yet", hint=f"`trainyard status {record.run_id}`")
-    return refs[-1]
+    return refs[-1] if refs else None
 
 
 @click.command()
-@click.argument("run")
+@run_argument
 @click.option("--why", default="", help="A word for the receipt.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def cancel(run: str, why: str, as_json: bool) -> None:

@@ -25,7 +25,7 @@ from flows.reporting import ProgressReporter
 from flows.reporting_text import problem_line
 from flows.watching import Listener, watch
 from trainer.contract import ExitCode, TrainerError
-from trainer.dataset import DatasetIndex, changed_files, check_dataset
+from trainer.dataset import DatasetIndex, added_files, changed_files, check_dataset
 
 
 async def _is_transient(_task: object, _run: TaskRun, state: State[Any]) -> bool:
@@ -76,7 +76,7 @@ def require_same_dataset(record: RunRecord, request: TrainRequest) -> None:
     index = record.dataset()
     if index is None or not Path(request.dataset).exists():
         return
-    changed = changed_files(index, Path(index.root))
+    changed = changed_files(index, Path(index.root)) or added_files(index, Path(request.dataset))
     if changed:
         raise PlanChanged(
             f"run {record.run_id} of this run key was made of dataset version {index.version[:12]}, and {len(changed)} of its files "

@@ -1,8 +1,23 @@
-"""Prefect's settings for a process of ours, set before Prefect is imported; whatever the user has set stays."""
+"""Prefect's settings for a process of ours, set before Prefect is imported; whatever the user has set stays.
+
+Which server: the one that the environment or the active Prefect profile names, else the one that `trainyard up` keeps,
+else a temporary one.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import tomllib
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from blocks.errors import AuthError, ConfigError, ServiceUnavailable
+from blocks.record import home
+from trainer.locks import is_held
 
 DEFAULTS = {
     # A temporary server needs about half a minute on a cold machine; Prefect gives up after 20 s.
@@ -12,12 +27,21 @@ DEFAULTS = {
     # The command line shows progress and errors itself.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    # Waits 2, 4, 8, 16 s: longer than a server needs to start again, not the minute of Prefect's five retries.
+    "PREFECT_CLIENT_MAX_RETRIES": "4",
+    # Of one request, retried as above; Prefect waits 60 s each time for a server that hangs.
+    "PREFECT_API_REQUEST_TIMEOUT": "30",
 }
+CHECK_SECONDS = 10.0
 
 
 def apply_defaults() -> None:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    own = own_server()
+    if own is not None and own.get("ready") and configured_server(os.environ) is None:
+        os.environ["PREFECT_API_URL"] = own["url"]
+        os.environ.setdefault("PREFECT_HOME", str(prefect_home()))
 
 
 def server_url() -> str | None:
@@ -25,3 +49,127 @@ def server_url() -> str | None:
     from prefect.settings import PREFECT_API_URL
 
     return PREFECT_API_URL.value()
+
+
+# --- Which server there is ------------------------------------------------------------------------------------------
+
+
+def prefect_home() -> Path:
+    """Where `trainyard up` keeps Prefect's database and logs, apart from the user's own ``~/.prefect``."""
+    return home() / "prefect"
+
+
+def lock_path() -> Path:
+    """Held by `trainyard up` as long as it lives."""
+    return home() / "server.lock"
+
+
+def details_path() -> Path:
+    return home() / "server.json"
+
+
+def read_details() -> dict[str, Any] | None:
+    """What the last `trainyard up` wrote about itself, whether it lives or not."""
+    try:
+        return cast("dict[str, Any]", json.loads(details_path().read_text()))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def own_server() -> dict[str, Any] | None:
+    """The server that a living `trainyard up` keeps."""
+    return read_details() if is_held(lock_path()) else None
+
+
+def configured_server(environment: Mapping[str, str]) -> str | None:
+    """The server that the environment or the active Prefect profile names. Does not import Prefect."""
+    return environment.get("PREFECT_API_URL") or profile_settings(environment).get("PREFECT_API_URL") or None
+
+
+def profile_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """The settings of the active profile, of the user's file or of those that Prefect brings."""
+    folder = Path(environment.get("PREFECT_HOME") or "~/.prefect").expanduser()
+    own = _read_toml(Path(environment.get("PREFECT_PROFILES_PATH") or folder / "profiles.toml").expanduser())
+    spec = find_spec("prefect")
+    brought = _read_toml(Path(place) / "settings" / "profiles.toml") if (place := next(iter(_places(spec)), None)) else {}
+    name = environment.get("PREFECT_PROFILE") or own.get("active") or brought.get("active")
+    profiles = {**brought.get("profiles", {}), **own.get("profiles", {})}
+    return {key: str(value) for key, value in profiles.get(name, {}).items()}
+
+
+def _places(spec: Any) -> list[str]:
+    return list(spec.submodule_search_locations or []) if spec else []
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise ConfigError(f"cannot read Prefect's profiles in {path}: {exc}", hint="mend or remove that file") from exc
+
+
+# --- Whether it can be used -----------------------------------------------------------------------------------------
+
+
+def require_server() -> str | None:
+    """The configured server's address once it has answered, None where none is configured. Imports Prefect.
+
+    Raises ServiceUnavailable where it does not answer, AuthError where it wants a password, ConfigError where
+    Prefect's client refuses its version. A server a little older than the client is used, as the client does.
+    """
+    url = server_url()
+    if url is None:
+        return None
+    import httpx
+    from prefect import __version__ as client_version
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    shown = without_password(url)
+    try:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+            get_client(httpx_settings={"timeout": CHECK_SECONDS}, sync_client=True) as client,
+        ):
+            version: Any = client.request("GET", "/admin/version").json()
+    except httpx.HTTPStatusError as exc:
+        raise refused(shown, exc.response.status_code) from exc
+    except ValueError as exc:
+        raise ConfigError(f"{shown} answers, but not as a Prefect server", hint="PREFECT_API_URL ends in /api, usually") from exc
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as exc:
+        raise ServiceUnavailable(
+            f"the Prefect server at {shown} does not answer ({type(exc).__name__})",
+            hint="start it, or mend PREFECT_API_URL (`prefect config view` shows where it is set); without one, `trainyard up` starts one",
+        ) from exc
+    if problem := version_problem(version, client_version):
+        raise ConfigError(f"the Prefect server at {shown} {problem}", hint="use the same major version of Prefect on both sides")
+    return url
+
+
+def refused(shown: str, status: int) -> AuthError | ConfigError | ServiceUnavailable:
+    """What an answer of `status` to the first question means."""
+    if status in (401, 403):
+        return AuthError(
+            f"the Prefect server at {shown} wants a password, or another one (HTTP {status})",
+            hint="set PREFECT_API_AUTH_STRING=user:password (Prefect Cloud: PREFECT_API_KEY), or `prefect config set` it",
+        )
+    if status >= 500:
+        return ServiceUnavailable(f"the Prefect server at {shown} answers HTTP {status}", hint="look at the server's log")
+    return ConfigError(f"{shown} answers HTTP {status}, not as a Prefect server", hint="PREFECT_API_URL ends in /api, usually")
+
+
+def version_problem(server: Any, client: str) -> str:
+    """Why Prefect's client would refuse this server, else empty: their major versions must match."""
+    theirs, ours = (str(version).split(".")[0] for version in (server, client))
+    if not theirs.isdigit():
+        return "does not tell its version"
+    if theirs == ours:
+        return ""
+    return f"has version {server}, too {'old' if int(theirs) < int(ours) else 'new'} for Prefect {client} here"
+
+
+def without_password(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

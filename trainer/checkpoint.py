@@ -20,8 +20,8 @@ from trainer.contract import AttemptLayout, ExitCode, Progress, StoredRecord, Tr
 from trainer.files import write_atomic, write_json
 
 KEEP = 2
-# Where and how fast it runs; the training is the same.
-FREE_FIELDS = frozenset({"device", "workers"})
+# Where and how fast it runs, and what it may load; the training is the same.
+FREE_FIELDS = frozenset({"device", "workers", "trust_weights"})
 
 
 class CheckpointRecord(StoredRecord):
@@ -166,9 +166,13 @@ def find_conflict(record: CheckpointRecord, job: TrainJob) -> str:
         return f"it was trained on dataset version {record.dataset_version[:12]}, this attempt has {job.dataset.version[:12]}"
     if record.config_hash == hash_config(job.config):
         return ""
-    now = config_fields(job.config)
-    changed = [f"{k} was {record.config.get(k)!r}, is {now.get(k)!r}" for k in now if record.config.get(k) != now.get(k)]
-    return "the configuration changed: " + ("; ".join(changed) or "a field was removed")
+    # The hash differs too where another version of Trainyard knew other fields: what it did not write had its default.
+    now, default = config_fields(job.config), config_fields(TrainConfig())
+    before = {**default, **{key: value for key, value in record.config.items() if key not in FREE_FIELDS}}
+    changed = [
+        f"{key} was {before[key]!r}, is {repr(now[key]) if key in now else 'unknown'}" for key in before if before[key] != now.get(key)
+    ]
+    return f"the configuration changed: {'; '.join(changed)}" if changed else ""
 
 
 def list_checkpoints(layout: AttemptLayout) -> list[Path]:

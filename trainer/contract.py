@@ -7,47 +7,21 @@ could misread raises ``CONTRACT_VERSION``; the launcher compares it with the ima
 
 from __future__ import annotations
 
-import difflib
 from datetime import UTC, datetime
 from enum import IntEnum, StrEnum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, field_validator
+
+from trainer.records import StoredRecord, UserInput
+from trainer.records import unknown_name_message as unknown_name_message  # noqa: PLC0414 - the launcher has it from here
 
 CONTRACT_VERSION = 1
 
 
 def utc_now() -> datetime:
     return datetime.now(UTC)
-
-
-class UserInput(BaseModel):
-    """A value that a person typed: unknown fields are refused, with the nearest known name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_unknown_fields(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            for key in cast("dict[Any, Any]", value):
-                if key not in cls.model_fields:
-                    raise ValueError(unknown_name_message("field", str(key), list(cls.model_fields)))
-        return cast("Any", value)
-
-
-class StoredRecord(BaseModel):
-    """A value that outlives the version that wrote it: unknown fields are kept, never an error."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-    schema_version: int = 1
-
-
-def unknown_name_message(kind: str, name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-    return f"unknown {kind} {name!r}; {advice}"
 
 
 # --- What to train -----------------------------------------------------------------------------
@@ -83,6 +57,11 @@ class TrainConfig(UserInput):
     )
     weights: str | None = Field(
         default=None, min_length=1, description="Start from these weights: a published name or a file. Empty: from scratch."
+    )
+    trust_weights: bool = Field(
+        default=False,
+        title="Trust weights",
+        description="Load the weights file even if it can run code. Only for a file whose origin you know.",
     )
     task: Task = Field(default=Task.OBJECT_DETECTION, title="Task", description="What the model predicts.")
     patience: int | None = Field(default=None, ge=1, le=10_000, description="Stop after so many epochs without improvement. Empty: never.")
@@ -248,6 +227,9 @@ class Phase(StrEnum):
     FINISHING = "finishing"
 
 
+STEPPING = "stepping"  # the activity in which the next sign of life is a training step
+
+
 class Progress(StoredRecord):
     """``progress.json`` (latest) and one line of ``progress.jsonl`` per finished epoch."""
 
@@ -257,6 +239,11 @@ class Progress(StoredRecord):
     epochs: int
     step: int = Field(default=0, description="Steps done in the epoch that runs.")
     steps: int = Field(default=0, description="Steps of an epoch; 0 while unknown.")
+    activity: str = Field(default="", description="While training: stepping, validating, saving; empty: something else.")
+    step_seconds: float | None = Field(default=None, description="Median time of the last steps, waiting for data included.")
+    last_step_at: AwareDatetime | None = Field(default=None, description="When the latest step was done, by the trainer's clock.")
+    pause_seconds: float | None = Field(default=None, description="Longest of the last times from an epoch's last step to the next one.")
+    nonfinite_losses: int = Field(default=0, description="Steps in a row, up to the latest, whose loss was NaN or infinite.")
     metrics: dict[str, float] = Field(default_factory=dict, description="map50 map50_95 precision recall, on the validation split.")
     losses: dict[str, float] = Field(default_factory=dict)
     learning_rate: float | None = None

@@ -42,6 +42,7 @@ __all__ = [
     "LabelFile",
     "ProblemKind",
     "Split",
+    "added_files",
     "changed_files",
     "check_dataset",
     "write_yolo_layout",
@@ -306,6 +307,14 @@ def _notes_on(index: DatasetIndex) -> list[str]:
 def changed_files(index: DatasetIndex, root: Path) -> list[str]:
     """Paths that are gone or hold other bytes than the index says. Only files with another size or time are read."""
     return [file.path for file in (*index.images, *index.label_files) if _has_changed(file, root / file.path)]
+
+
+def added_files(index: DatasetIndex, source: Path) -> list[str]:
+    """Paths that a check of `source` would read today and the index does not know. Labels are read, images are not decoded."""
+    raw, root = read_found(find_dataset(_absolute(source))), _absolute(Path(index.root))
+    files = {*(image.path for image in raw.images), *raw.label_files, *(path for path, _, _ in raw.problems)}
+    listed = {_relative(file, root) for file in files}
+    return sorted(listed - {item.path for item in (*index.images, *index.label_files, *index.problems)})
 
 
 def _has_changed(file: ImageItem | LabelFile, path: Path) -> bool:

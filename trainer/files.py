@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+MIB = 2**20
+
+
+def disk_full_error(path: Path, number: int, needed: int) -> OSError:
+    """An OSError that says which file, how much it needs, and how much there is. The number is ENOSPC or EDQUOT."""
+    try:
+        free = f", {shutil.disk_usage(path.parent).free / MIB:.1f} MiB are free"
+    except OSError:
+        free = ""
+    return OSError(number, f"{os.strerror(number)}: {needed / MIB:.1f} MiB needed{free}", str(path))
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -22,6 +36,10 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as exc:
+        if exc.errno in DISK_FULL:
+            raise disk_full_error(path, exc.errno, len(data)) from exc
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -59,6 +59,10 @@ class ProgressWriter:
             self._written_at = now
         return self.latest
 
+    def beat(self) -> None:
+        """Says, at most once per second, that the work goes on: a validation of an hour is no stall."""
+        self.update(at_most_every_second=True)
+
     def is_due(self) -> bool:
         """Whether an update that may wait would be written now: lets the caller skip costly measurements."""
         return time.monotonic() - self._written_at >= MIN_INTERVAL_SECONDS

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from trainer.contract import ExitCode, TrainerError
+from trainer.files import DISK_FULL, disk_full_error
 
 if TYPE_CHECKING:
     from obstore.store import LocalStore
@@ -73,7 +75,8 @@ class ObjectFolder:
         import obstore
 
         self._make_root()
-        obstore.put(_store(self.uri), name, data)
+        with self._full_disk_told(name, data):
+            obstore.put(_store(self.uri), name, data)
 
     def create(self, name: str, data: bytes) -> bool:
         """Writes the object only if there is none. False where one was there."""
@@ -82,7 +85,8 @@ class ObjectFolder:
 
         self._make_root()
         try:
-            obstore.put(_store(self.uri), name, data, mode="create")
+            with self._full_disk_told(name, data):
+                obstore.put(_store(self.uri), name, data, mode="create")
         except AlreadyExistsError:
             return False
         return True
@@ -101,10 +105,25 @@ class ObjectFolder:
         path = to_path(self.uri) / folder
         return sorted(p.name for p in path.iterdir()) if path.is_dir() else []
 
+    @contextlib.contextmanager
+    def _full_disk_told(self, name: str, data: bytes) -> Iterator[None]:
+        """obstore's errors have no errno; its text ends with the one of the system, as Rust writes it."""
+        from obstore.exceptions import BaseError
+
+        try:
+            yield
+        except BaseError as exc:
+            number = next((number for number in DISK_FULL if f"(os error {number})" in str(exc)), None)
+            if number is None:
+                raise
+            raise disk_full_error(to_path(self.uri) / name, number, len(data)) from exc
+
     def _make_root(self) -> None:
         try:
             to_path(self.uri).mkdir(parents=True, exist_ok=True)
         except OSError as exc:
+            if exc.errno in DISK_FULL:
+                raise
             raise TrainerError(
                 f"cannot write to {to_path(self.uri)}: {exc.strerror}",
                 hint="choose another output folder with --output, or mend its permissions",

@@ -32,7 +32,7 @@ from trainer.contract import (
     TrainerError,
     TrainJob,
 )
-from trainer.files import write_json
+from trainer.files import DISK_FULL, write_json
 from trainer.frameworks import FitContext, FrameworkTrainer, get_trainer
 from trainer.progress import ProgressWriter
 from trainer.result import build_manifest, choose_samples, write_evaluation, write_metrics, write_samples
@@ -106,15 +106,26 @@ def read_index(job: TrainJob) -> DatasetIndex:
 
 
 def refuse_newer_attempt(layout: AttemptLayout) -> None:
-    """Raises TrainerError (OCCUPIED) where a later attempt of the run exists: its result counts, not this one's."""
-    numbers = [int(path.name) for path in layout.folder.parent.iterdir() if path.is_dir() and path.name.isdigit()]
-    newest = max(numbers, default=layout.number)
+    """Raises TrainerError (OCCUPIED) where a later attempt of the run was planned: its result counts, not this one's."""
+    others = [AttemptLayout(path) for path in layout.folder.parent.iterdir() if path.name.isdigit()]
+    begun = [one.number for one in others if (one / AttemptLayout.PLAN).exists() or (one / AttemptLayout.CONFIG).exists()]
+    newest = max(begun, default=layout.number)
     if newest > layout.number:
         raise TrainerError(
             f"a newer attempt exists ({newest}), so attempt {layout.number} keeps its result back",
-            hint="follow the newer attempt",
+            hint="follow the newer attempt, which goes on from this one's checkpoints",
             code=ExitCode.OCCUPIED,
         )
+
+
+def write_manifest(layout: AttemptLayout, manifest: ResultManifest) -> None:
+    """The last write of a fit. Taken back where a newer attempt was planned meanwhile, which may not have seen it."""
+    write_json(layout / AttemptLayout.MANIFEST, manifest)
+    try:
+        refuse_newer_attempt(layout)
+    except TrainerError:
+        (layout / AttemptLayout.MANIFEST).unlink()
+        raise
 
 
 # --- The fit -----------------------------------------------------------------------------------------
@@ -176,7 +187,7 @@ def _fit(context: FitContext, clock: PhaseClock) -> ResultManifest:
         context.refuse_changed_data()
         refuse_newer_attempt(context.layout)
         with context.stopper.deferred():
-            write_json(context.layout / AttemptLayout.MANIFEST, manifest)
+            write_manifest(context.layout, manifest)
             context.progress.update(message="done", eta_seconds=0.0)
             context.stopper.reason = ""  # a signal that came this late has nothing left to stop
     log.info("done: %s", {name: round(value, 4) for name, value in manifest.metrics.items()})
@@ -224,7 +235,7 @@ def evaluate(context: FitContext, trainer: FrameworkTrainer, best: Checkpoint, l
         shutil.rmtree(layout / name, ignore_errors=True)
     model = layout / AttemptLayout.MODEL
     trainer.export(best.path, model)
-    evaluation = trainer.evaluate(best.path, split)
+    evaluation = trainer.evaluate(model, split)  # what is handed over, in 16 bits, not what it was made from
     val = best.record.progress.metrics if best.record.progress else {}
     epochs = {"best_epoch": best.record.epoch, "epochs": last.record.epoch}
     write_metrics(layout, evaluation, val, **epochs)
@@ -251,6 +262,20 @@ def is_out_of_memory(exc: BaseException) -> bool:
     return isinstance(exc, RuntimeError) and any(phrase in str(exc).lower() for phrase in _MEMORY_PHRASES)
 
 
+def find_full_disk(exc: BaseException) -> OSError | None:
+    """The error of a full disk or quota, also where a library wrapped it into one of its own."""
+    seen: set[int] = set()
+    current: BaseException | None = exc
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        if isinstance(current, OSError) and current.errno in DISK_FULL:
+            return current
+        if any(os.strerror(number) in str(current) for number in DISK_FULL):
+            return OSError(errno.ENOSPC, " ".join(str(current).split()))
+        current = current.__cause__ or current.__context__
+    return None
+
+
 def explain(exc: BaseException) -> TrainerError:
     """Any failure as a TrainerError: what is wrong, what to do, and its class."""
     if isinstance(exc, TrainerError):
@@ -258,10 +283,10 @@ def explain(exc: BaseException) -> TrainerError:
     if is_out_of_memory(exc):
         first = next(iter(str(exc).splitlines()), "") or type(exc).__name__
         return TrainerError(f"out of memory: {first}", hint=_MEMORY_HINT, code=ExitCode.OUT_OF_MEMORY)
-    if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
-        place = f" at {exc.filename}" if exc.filename else ""
+    if full := find_full_disk(exc):
+        place = f" at {full.filename}" if full.filename else ""
         hint = "free some space, or choose another output folder; the last saved checkpoint is kept"
-        return TrainerError(f"the disk is full{place}", hint=hint, code=ExitCode.DISK_FULL)
+        return TrainerError(f"the disk is full{place} ({full.strerror})", hint=hint, code=ExitCode.DISK_FULL)
     if isinstance(exc, PermissionError):
         hint = "mend the permissions, or choose another folder"
         return TrainerError(f"no permission: {exc.filename or exc}", hint=hint, code=ExitCode.PERMISSION)

@@ -120,6 +120,21 @@ def test_device_and_workers_may_change() -> None:
     assert hash_config(make_job(device="cuda:0", workers=8).config) == hash_config(make_job(device="cpu").config)
 
 
+def test_a_field_that_this_version_added_is_no_change_of_the_configuration(tmp_path: Path) -> None:
+    layout = make_layout(tmp_path)
+    path = save(layout, 1).path.with_suffix(".json")
+    record = json.loads(path.read_text())
+    del record["config"]["patience"]
+    older = {**record, "config_hash": "of fewer fields"}
+    path.write_text(json.dumps(older))
+    assert find_checkpoint(layout, make_job(), load)[0] is not None
+    with pytest.raises(TrainerError, match="patience was None, is 3"):
+        find_checkpoint(layout, make_job(patience=3), load)
+    path.write_text(json.dumps({**older, "config": {**record["config"], "from_the_future": 1}}))
+    with pytest.raises(TrainerError, match="from_the_future was 1, is unknown"):
+        find_checkpoint(layout, make_job(), load)
+
+
 def test_an_interrupted_save_is_no_damage(tmp_path: Path) -> None:
     layout = make_layout(tmp_path)
     save(layout, 1)

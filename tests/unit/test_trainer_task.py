@@ -136,6 +136,24 @@ def test_an_old_attempt_keeps_its_result_back(finished: AttemptLayout, tmp_path:
     assert not (layout / AttemptLayout.MANIFEST).exists()
 
 
+def test_a_newer_attempt_that_comes_while_the_manifest_is_written_wins(
+    finished: AttemptLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = copy_run(finished, tmp_path)
+    (layout.folder.parent / "2").mkdir()  # a folder alone is nobody's attempt
+    real = task.write_json
+
+    def write(path: Path, value: Any) -> None:
+        real(path, value)
+        if path.name == AttemptLayout.MANIFEST:
+            (layout.folder.parent / "2" / AttemptLayout.PLAN).write_text("{}")
+
+    monkeypatch.setattr(task, "write_json", write)
+    assert task.run(layout, Stopper()) == ExitCode.OCCUPIED
+    assert not (layout / AttemptLayout.MANIFEST).exists()
+    assert "newer attempt exists (2)" in read(layout, AttemptLayout.FAILURE)["message"]
+
+
 # --- The data ------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -195,32 +194,6 @@ def test_augmentations_are_built_as_asked() -> None:
 
 
 # --- Weights ---------------------------------------------------------------------------------------------------
-
-
-class Bomb:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (os.environ["BOMB"],))
-
-
-def test_a_file_that_is_no_checkpoint_is_refused_unopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
-    (tmp_path / "text.pt").write_text("not weights")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Bomb()))
-    torch.save({"model": Bomb()}, tmp_path / "bomb.pt")
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
-    for name in ("text.pt", "pickle.pt", "bomb.pt", "other.pt"):
-        assert name in refusal(yolo_model.check_weights, tmp_path / name)
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_weights_of_another_task_are_refused(tmp_path: Path) -> None:
-    import torch
-    from ultralytics.nn.tasks import ClassificationModel
-
-    torch.save({"model": ClassificationModel("yolo11n-cls.yaml", nc=2, verbose=False)}, tmp_path / "cls.pt")
-    assert "task 'classify', not for detection" in refusal(yolo_model.check_weights, tmp_path / "cls.pt")
 
 
 def test_unknown_weights_are_refused_without_the_network() -> None:

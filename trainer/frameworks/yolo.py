@@ -12,8 +12,10 @@ from trainer.checkpoint import Checkpoint, adopt_checkpoint, find_best
 from trainer.contract import AttemptLayout, ExitCode, TrainerError
 from trainer.frameworks import Box, Evaluation, FitContext
 from trainer.frameworks import yolo_model as models
+from trainer.frameworks import yolo_resume as resuming
 from trainer.frameworks.yolo_arguments import build_arguments, choose_amp, choose_device
 from trainer.frameworks.yolo_callbacks import TrainingCallbacks, rename_metrics
+from trainer.frameworks.yolo_weights import adopt_weights, restrict_loading
 from trainer.progress import finite
 
 if TYPE_CHECKING:
@@ -47,11 +49,11 @@ class YoloDetection:
         from trainer.dataset import write_yolo_layout
 
         config, work = self._context.config, self._context.work
+        restrict_loading(restricted=not config.trust_weights)
         self._device = choose_device(config.device)
         self._arguments = build_arguments(config, self._device)
         if config.weights:
-            self._model = models.link_weights(models.resolve_weights(config.weights), work / "weights")
-            models.check_weights(self._model)
+            self._model = adopt_weights(models.resolve_weights(config.weights), work / "weights", trust=config.trust_weights)
         else:
             self._model = models.resolve_model(config.model, work / "model")
             self._check_architecture(self._model)
@@ -81,17 +83,21 @@ class YoloDetection:
         return {**found, "albumentations": albumentations.__version__}
 
     def load_checkpoint(self, path: Path) -> dict[str, Any]:
-        import torch
-
-        return torch.load(path, map_location="cpu", weights_only=False)  # called after its hash was compared
+        return models.load_state(path)
 
     # --- Training --------------------------------------------------------------------------------
 
     def train(self, start: Checkpoint | None) -> None:
         """Trains to the last epoch, or until patience ends it, from `start` or from the beginning."""
         best = self._keep_best(start) if start else None
+        if start is not None:  # verified and then read several times: from a place where nobody else writes
+            start = adopt_checkpoint(start, self._context.work / "resume")
         trainer = self._build_trainer(start)
         TrainingCallbacks(self._context, start, best.record if best else None).attach(trainer)
+        trainer.add_callback("on_train_epoch_start", resuming.seed_epoch)
+        if start is not None:
+            state = self.load_checkpoint(start.path)
+            trainer.add_callback("on_train_start", lambda trainer: resuming.restore_weights(trainer, state))
         trainer.train()
 
     def _keep_best(self, start: Checkpoint) -> Checkpoint:
@@ -110,11 +116,15 @@ class YoloDetection:
             def final_eval(self) -> None:
                 """Nothing: the fit evaluates the best epoch itself."""
 
+            def save_model(self) -> bool:
+                resuming.save_state(self)
+                return True
+
         place = {"data": str(self._data), "save_dir": str(self._context.work / "train")}
         if start is None:
             return FitTrainer(overrides={**self._arguments, **place, "model": str(self._model)})
         # The checkpoint brings its own arguments; only the machine's are replaced.
-        machine = {key: self._arguments[key] for key in ("task", "mode", "device", "workers")}
+        machine = {key: self._arguments[key] for key in ("task", "mode", "device", "workers", "augmentations") if key in self._arguments}
         trainer = FitTrainer(overrides={**machine, **place, "model": str(start.path), "resume": str(start.path)})
         trainer.args.amp = choose_amp(self._device, self._context.config.model_params.get("amp"))
         return trainer

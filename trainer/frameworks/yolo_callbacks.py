@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import deque
+from datetime import datetime
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from trainer.checkpoint import Checkpoint, CheckpointRecord, save_checkpoint
-from trainer.contract import AttemptLayout, ExitCode, TrainerError
+from trainer.contract import STEPPING, AttemptLayout, ExitCode, TrainerError, utc_now
 from trainer.frameworks import FitContext
 from trainer.progress import finite
 
@@ -27,6 +31,8 @@ METRICS = {
     "metrics/recall(B)": "recall",
 }
 GIB = 2**30
+STEPS_REMEMBERED = 50
+PAUSES_REMEMBERED = 5
 
 
 def rename_metrics(metrics: dict[str, Any]) -> dict[str, float]:
@@ -46,10 +52,18 @@ def measure_memory_gib() -> float:
 
 
 class StepClock:
-    """Times one epoch's steps: how long in all, and how much of it was waiting for the next batch."""
+    """Times one epoch's steps: how long in all, and how much of it was waiting for the next batch.
+
+    Over the epochs it remembers what whoever watches for stalls compares with: how long the last steps took, and
+    the last pauses from one epoch's last step to the next one's first (validation, checkpoint, data loaders).
+    """
 
     def __init__(self) -> None:
         self.epoch_seconds: list[float] = []
+        self.last_step_at: datetime | None = None
+        self._steps: deque[float] = deque(maxlen=STEPS_REMEMBERED)
+        self._pauses: deque[float] = deque(maxlen=PAUSES_REMEMBERED)
+        self._stepped = math.nan
         self.start_epoch()
 
     def start_epoch(self) -> None:
@@ -64,6 +78,17 @@ class StepClock:
         self.ended_step = time.monotonic()
         self.trained = self.ended_step - self.started
         self.step += 1
+        if not math.isnan(self._stepped):
+            (self._steps if self.step > 1 else self._pauses).append(self.ended_step - self._stepped)
+        self._stepped, self.last_step_at = self.ended_step, utc_now()
+
+    @property
+    def step_seconds(self) -> float | None:
+        return round(median(self._steps), 4) if self._steps else None
+
+    @property
+    def pause_seconds(self) -> float | None:
+        return round(max(self._pauses), 4) if self._pauses else None
 
     def end_epoch(self) -> None:
         self.epoch_seconds.append(time.monotonic() - self.started)
@@ -86,6 +111,7 @@ class TrainingCallbacks:
         self._clock = StepClock()
         self._folder = context.layout / AttemptLayout.CHECKPOINTS
         self.batch_size = 0
+        self.nonfinite_losses = 0
 
     def attach(self, trainer: DetectionTrainer) -> None:
         trainer.add_callback("on_pretrain_routine_end", self.on_setup_end)
@@ -93,7 +119,7 @@ class TrainingCallbacks:
         trainer.add_callback("on_train_batch_start", self.on_step_start)
         trainer.add_callback("on_train_batch_end", self.on_step_end)
         trainer.add_callback("on_train_epoch_end", self.on_epoch_trained)
-        trainer.add_callback("on_val_batch_end", lambda _validator: self._check_stop())
+        trainer.add_callback("on_val_batch_end", self.on_validated_batch)
         trainer.add_callback("on_model_save", self.on_saved)
 
     def on_setup_end(self, trainer: DetectionTrainer) -> None:
@@ -116,18 +142,25 @@ class TrainingCallbacks:
 
     def on_step_end(self, trainer: DetectionTrainer) -> None:
         self._clock.end_step()
+        # The loss is on the CPU already, for Ultralytics' progress bar: asking costs no wait for the GPU.
+        finite_loss = trainer.loss is None or bool(trainer.loss.isfinite().all())
+        self.nonfinite_losses = 0 if finite_loss else self.nonfinite_losses + 1
         self._check_stop()
         if self._context.progress.is_due():
-            self._context.progress.update(**self._describe_step(trainer))
+            self._context.progress.update(**self._describe_step(trainer), activity=STEPPING)
 
     def on_epoch_trained(self, trainer: DetectionTrainer) -> None:
         self._check_stop()
         self._context.refuse_changed_data()
-        changes = self._describe_step(trainer)
+        changes = self._describe_step(trainer) | {"activity": "validating"}
         if trainer.batch_size != self.batch_size > 0:
             changes["message"] = f"the GPU's memory was too small: batch size reduced from {self.batch_size} to {trainer.batch_size}"
             log.warning(changes["message"])
         self._context.progress.update(**changes)
+
+    def on_validated_batch(self, _validator: Any) -> None:
+        self._check_stop()
+        self._context.progress.beat()
 
     def on_saved(self, trainer: DetectionTrainer) -> None:
         """After every epoch, once Ultralytics wrote ``last.pt`` (in place, so it is no checkpoint to rely on)."""
@@ -147,6 +180,7 @@ class TrainingCallbacks:
         latest = self._context.progress.update(
             epoch=epoch,
             step=0,
+            activity="saving",
             metrics=rename_metrics(metrics),
             losses=losses,
             eta_seconds=self._clock.eta_seconds(remaining_epochs=remaining, steps=self._context.progress.latest.steps),
@@ -183,6 +217,10 @@ class TrainingCallbacks:
             "memory_gib": measure_memory_gib(),
             "gpu_memory_gib": measure_gpu_gib(trainer),
             "eta_seconds": clock.eta_seconds(remaining_epochs=remaining, steps=steps),
+            "step_seconds": clock.step_seconds,
+            "last_step_at": clock.last_step_at,
+            "pause_seconds": clock.pause_seconds,
+            "nonfinite_losses": self.nonfinite_losses,
         }
 
 

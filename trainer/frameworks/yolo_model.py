@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import os
@@ -213,42 +212,6 @@ def download_weights(name: str, target: Path) -> None:
         shutil.rmtree(partial.parent, ignore_errors=True)
 
 
-def check_weights(path: Path) -> None:
-    """Raises TrainerError (CONFIG) where the file is not a checkpoint of a detection model.
-
-    Loads it with Ultralytics' list of allowed classes only: a pickle could otherwise run anything.
-    """
-    from ultralytics.nn.tasks import guess_model_task, torch_safe_load
-
-    try:
-        state, _ = torch_safe_load(path, safe_only=True)
-        model = state.get("ema") or state.get("model") if isinstance(state, dict) else None
-        task = guess_model_task(model) if model is not None else ""
-    except Exception as exc:  # whatever the unpickler of an arbitrary file raises
-        first = next(iter(str(exc).splitlines()), type(exc).__name__)
-        raise _not_weights(path, f"is not an Ultralytics checkpoint ({first})") from exc
-    if not task or not hasattr(model, "yaml"):
-        raise _not_weights(path, "holds no Ultralytics model")
-    if task != "detect":
-        raise _not_weights(path, f"is a model for the task {task!r}, not for detection")
-
-
-def _not_weights(path: Path, what: str) -> TrainerError:
-    hint = "give a .pt file that Ultralytics or Trainyard wrote for object detection"
-    return TrainerError(f"the weights file {path} {what}", hint=hint, code=ExitCode.CONFIG)
-
-
-def link_weights(path: Path, folder: Path) -> Path:
-    """A link that ends in ``.pt``, by which Ultralytics tells weights from YAML."""
-    if path.suffix == ".pt":
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    link = folder / f"{path.stem}.pt"
-    with contextlib.suppress(FileExistsError):
-        link.symlink_to(path)
-    return link
-
-
 # --- The model that is handed over -------------------------------------------------------------------
 
 # Of the training's arguments, those that say where things lay.
@@ -264,6 +227,13 @@ def scrub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return {key: Path(value).name if isinstance(value, str) and os.sep in value else value for key, value in scrubbed.items()}
 
 
+def load_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, on the CPU, loaded as Ultralytics is set to in this process: restricted, see yolo_weights."""
+    from ultralytics.nn.tasks import torch_safe_load
+
+    return torch_safe_load(path)[0]
+
+
 def export_model(checkpoint: Path, target: Path) -> None:
     """Writes the checkpoint's averaged weights, in half precision, as a file that ``YOLO(target)`` loads.
 
@@ -274,7 +244,7 @@ def export_model(checkpoint: Path, target: Path) -> None:
     import torch
     from ultralytics import __version__
 
-    state = torch.load(checkpoint, map_location="cpu", weights_only=False)  # our own file: its hash was compared
+    state = load_state(checkpoint)
     model = state["ema"].half()
     for parameter in model.parameters():
         parameter.requires_grad = False

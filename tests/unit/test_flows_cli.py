@@ -1,0 +1,235 @@
+"""The command line without Prefect: listing, deleting, completion, colours, options, attaching."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from blocks.attempts import cancel_run
+from blocks.job import JobState
+from blocks.record import Outcome, RunRecord, known_outputs, remember_output
+from flows.cli import COMMANDS, app
+from flows.cli_completion import output_folders
+from tests.unit.test_blocks_pruning import make_run
+from tests.unit.test_blocks_record import run_file
+from trainer.contract import ExitCode
+
+BIN = Path(sys.executable).parent
+DONE = Outcome(state=JobState.SUCCEEDED)
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path))
+    return tmp_path
+
+
+def call(*arguments: str, keys: str | None = None) -> Result:
+    return CliRunner().invoke(app, list(arguments), input=keys)
+
+
+def make_runs(tmp_path: Path) -> None:
+    for run_id, changes in {
+        "aaaa1111": {"name": "fruit-yolo11n", "owner": "ada"},
+        "bbbb2222": {"name": "Fruit-pico", "owner": "bob", "provider": "moon"},
+        "cccc3333": {"name": "cells", "owner": "ada"},
+    }.items():
+        record = RunRecord(str(tmp_path / "runs"), run_id)
+        record.open(run_file(run_id).model_copy(update=changes))
+
+
+def listed(*arguments: str) -> list[str]:
+    result = call("runs", "--json", *arguments)
+    assert result.exit_code == 0, result.output
+    return [row["run_id"] for row in json.loads(result.stdout)]
+
+
+# --- Listing ----------------------------------------------------------------------------------------------
+
+
+def test_runs_are_filtered(tmp_path: Path) -> None:
+    make_runs(tmp_path)
+    assert listed() == ["cccc3333", "bbbb2222", "aaaa1111"]
+    assert listed("--name", "fruit") == ["bbbb2222", "aaaa1111"]
+    assert listed("--owner", "ada", "--name", "FRUIT") == ["aaaa1111"]
+    assert listed("--provider", "moon") == ["bbbb2222"]
+    assert listed("--limit", "1") == ["cccc3333"]
+    assert listed("--since", "1h") == ["cccc3333", "bbbb2222", "aaaa1111"]
+    assert listed("--since", "0s") == []
+    assert listed("--state", "starting", "--state", "failed", "--limit", "2") == ["cccc3333", "bbbb2222"]
+    assert listed("--state", "succeeded") == []
+    assert "no such runs" in call("runs", "--name", "nothing").output
+
+
+@pytest.mark.parametrize(("arguments", "told"), [(("--state", "done"), "'succeeded'"), (("--since", "2x"), "30d"), (("--limit", "0"), "0")])
+def test_unknown_filters_are_refused_with_what_is_known(arguments: tuple[str, ...], told: str) -> None:
+    result = call("runs", *arguments)
+    assert result.exit_code == ExitCode.USAGE
+    assert told in result.output
+
+
+@pytest.mark.parametrize("name", ["run.json", "attempts/1/outcome.json", "attempts/1/plan.json"])
+def test_damage_of_one_run_is_told_and_the_others_are_listed(tmp_path: Path, name: str) -> None:
+    make_run("fine1234", tmp_path, None)
+    bad = make_run("harm1234", tmp_path, DONE)
+    bad.folder.put(name, b'{"run_id": ')
+    (tmp_path / "runs" / "somebody else's").mkdir()
+    result = call("runs", "--json")
+    assert result.exit_code == 0
+    assert [row["run_id"] for row in json.loads(result.stdout)] == ["fine1234"]
+    [line] = result.stderr.splitlines()
+    assert line.startswith(f"damaged: {bad.uri} ")
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "cancel", "resume"])
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "..", "a/b", ""])
+def test_a_run_is_named_by_its_id_only(command: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.cli import tell
+
+    result = call(command, name)
+    assert isinstance(result.exception, Exception)
+    assert tell(result.exception) == ExitCode.NOT_FOUND
+    assert "is not a run id" in capsys.readouterr().err
+
+
+def test_the_run_id_is_no_option() -> None:
+    assert call("train", "x", "--run-id", "abcd1234").exit_code == ExitCode.USAGE
+
+
+# --- Deleting ---------------------------------------------------------------------------------------------
+
+
+def test_rm_shows_and_wants_a_yes(tmp_path: Path) -> None:
+    make_run("good1234", tmp_path, DONE)
+    refused = call("runs", "rm", "good")
+    assert refused.exit_code == ExitCode.USAGE
+    assert "good1234" in refused.output
+    assert "--yes" in refused.output
+    assert (tmp_path / "runs" / "good1234").exists()
+    assert call("runs", "rm", "good", "--yes").exit_code == 0
+    assert not (tmp_path / "runs" / "good1234").exists()
+
+
+def test_rm_refuses_an_open_run_and_deletes_none_beside_it(tmp_path: Path) -> None:
+    make_run("good1234", tmp_path, DONE)
+    open_run = make_run("open1234", tmp_path, None)
+    result = call("runs", "rm", "good", "open", "--yes")
+    assert "it is open" in str(result.exception)
+    assert "trainyard cancel open1234" in str(result.exception)
+    assert (tmp_path / "runs" / "good1234").exists()
+    open_run.write_outcome(1, Outcome(state=JobState.CANCELLED))
+    cancel_run(open_run, asked_by="me")
+    assert call("runs", "rm", "good", "open", "good1234", "--yes").exit_code == 0
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_prune_shows_asks_and_deletes(tmp_path: Path) -> None:
+    make_run("good1234", tmp_path, DONE)
+    checkpoints = tmp_path / "runs/good1234/attempts/1/checkpoints"
+    assert "good1234" in call("runs", "prune", "--dry-run").output
+    assert call("runs", "prune").exit_code == ExitCode.USAGE
+    assert "nothing to prune" in call("runs", "prune", "--older-than", "30d", "--yes").output
+    assert checkpoints.exists()
+    assert "freed" in call("runs", "prune", "--yes").output
+    assert not checkpoints.exists()
+    assert "nothing to prune" in call("runs", "prune", "--yes").output
+
+
+def in_terminal(*arguments: str, keys: bytes = b"", **environment: str) -> tuple[int, str]:
+    """The command in a terminal of its own: its exit code and what it showed."""
+    pid, descriptor = pty.fork()
+    if pid == 0:
+        os.execve(BIN / "trainyard", ["trainyard", *arguments], {**os.environ, "TERM": "xterm", **environment})
+    os.write(descriptor, keys)
+    shown = b""
+    while True:
+        try:
+            data = os.read(descriptor, 65536)
+        except OSError:
+            break
+        if not data:
+            break
+        shown += data
+    _, status = os.waitpid(pid, 0)
+    os.close(descriptor)
+    return os.waitstatus_to_exitcode(status), shown.decode()
+
+
+@pytest.mark.parametrize(("keys", "stays"), [(b"n\n", True), (b"\n", True), (b"y\n", False)])
+def test_in_a_terminal_rm_asks(tmp_path: Path, keys: bytes, stays: bool) -> None:
+    make_run("good1234", tmp_path, DONE)
+    code, shown = in_terminal("runs", "rm", "good", keys=keys)
+    assert code == 0, shown
+    assert "models included?" in shown
+    assert (tmp_path / "runs" / "good1234").exists() is stays
+
+
+# --- Colours ----------------------------------------------------------------------------------------------
+
+COMMAND_LINES = [("status", "zzzz"), ("runs",), ("status", "good"), ("runs", "prune", "--dry-run"), ("runs", "--help"), ("--help",)]
+
+
+@pytest.mark.parametrize("arguments", COMMAND_LINES, ids=" ".join)
+def test_no_colours_where_they_are_not_wanted(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    make_run("good1234", tmp_path, DONE)
+    piped = subprocess.run([BIN / "trainyard", *arguments], capture_output=True, check=False, stdin=subprocess.DEVNULL)
+    assert b"\x1b" not in piped.stdout + piped.stderr
+    _, shown = in_terminal(*arguments, NO_COLOR="1")
+    assert "\x1b[3" not in shown, shown
+
+
+def test_a_terminal_shows_colours() -> None:
+    assert "\x1b[31merror" in in_terminal("status", "zzzz")[1]
+
+
+# --- Completion -------------------------------------------------------------------------------------------
+
+
+def complete(words: str, cwd: Path) -> list[str]:
+    environment = {**os.environ, "COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_TRAINYARD_COMPLETE": "bash_complete"}
+    done = subprocess.run([BIN / "trainyard"], env=environment, cwd=cwd, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_the_shell_completes_commands_options_and_runs(tmp_path: Path) -> None:
+    make_runs(tmp_path)
+    remember_output((tmp_path / "else where").as_uri())
+    RunRecord(str(tmp_path / "else where"), "aadd4444").open(run_file("aadd4444"))
+    (tmp_path / "runs" / "aabroken").mkdir()
+    (tmp_path / "runs" / "aabroken" / "run.json").write_text("{")
+    assert complete("trainyard re", tmp_path) == ["plain,resume"]
+    assert set(complete("trainyard ", tmp_path)) == {f"plain,{name}" for name in COMMANDS}
+    for command in ("status", "logs -f", "cancel", "resume", "runs rm", "runs rm cccc3333"):
+        assert set(complete(f"trainyard {command} aa", tmp_path)) == {"plain,aaaa1111", "plain,aadd4444", "plain,aabroken"}
+    assert complete("trainyard status ../", tmp_path) == []
+    assert complete("trainyard runs pr", tmp_path) == ["plain,prune"]
+    assert complete("trainyard logs --fo", tmp_path) == ["plain,--follow"]
+    assert "plain,--epochs" in complete("trainyard train --", tmp_path)
+
+
+def test_completing_a_run_is_quick_and_loads_no_models(tmp_path: Path) -> None:
+    script = "import sys; from flows.cli import app\ntry: app.main([], 'trainyard', complete_var='_TRAINYARD_COMPLETE')\n"
+    script += "finally: print(*(name for name in ('pydantic', 'prefect', 'rich') if name in sys.modules))"
+    make_runs(tmp_path)
+    environment = {**os.environ, "COMP_WORDS": "trainyard status ", "COMP_CWORD": "2", "_TRAINYARD_COMPLETE": "bash_complete"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1].strip() == "", done.stdout
+    assert "plain,cccc3333" in done.stdout
+
+
+def test_completion_looks_where_the_record_lies(tmp_path: Path) -> None:
+    remember_output((tmp_path / "else where").as_uri())
+    assert [folder.as_uri() for folder in output_folders()] == sorted(known_outputs())
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_every_shell_gets_its_script(shell: str) -> None:
+    assert "_TRAINYARD_COMPLETE" in call("completion", shell).output
+    assert call("completion", "csh").exit_code == ExitCode.USAGE

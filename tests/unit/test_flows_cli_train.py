@@ -1,0 +1,221 @@
+"""Requests from options, which run they attach to, the plan they show, and the log that is followed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+from pydantic import Field
+
+from blocks.attempts import Action, Step
+from blocks.errors import PlanChanged, ServiceUnavailable
+from blocks.job import JobRef, JobState, LogBatch, TrainRequest, canonical_json
+from blocks.naming import run_id_of_key
+from blocks.profiles import load_profile
+from blocks.record import Outcome, RunRecord, request_hash
+from flows import cli_runs, drafting, running
+from flows.requesting import add_options
+from tests.unit.test_blocks_attempts import make_plan
+from tests.unit.test_blocks_record import run_file
+from trainer.contract import FailureReason, UserInput
+from trainer.dataset import check_dataset
+from trainer.shapes import write_shapes
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def request_for_shapes(tmp_path: Path) -> TrainRequest:
+    return TrainRequest(dataset=str(write_shapes(tmp_path / "shapes", train=4, val=2, test=2, size=64)))
+
+
+def open_run(tmp_path: Path, request: TrainRequest, run_id: str) -> RunRecord:
+    record = RunRecord(str(tmp_path / "runs"), run_id)
+    record.write_dataset(check_dataset(Path(request.dataset)))
+    changes = {"request": request.model_dump(mode="json"), "request_hash": request_hash(request)}
+    record.open(run_file(run_id).model_copy(update=changes))
+    return record
+
+
+# --- Options ----------------------------------------------------------------------------------------------
+
+
+class Config(UserInput):
+    trust: bool = Field(default=False, description="Trust it.")
+    epochs: int = Field(default=3, description="Passes.")
+
+
+@pytest.mark.parametrize(("given", "expected"), [([], None), (["--trust"], True), (["--no-trust"], False)])
+def test_a_yes_or_no_is_a_flag_that_may_be_left_to_the_file(given: list[str], expected: bool | None) -> None:
+    seen: dict[str, Any] = {}
+
+    @click.command()
+    @add_options(Config, ["trust", "epochs"])
+    def command(**options: Any) -> None:
+        seen.update(options)
+
+    assert CliRunner().invoke(command, given).exit_code == 0
+    assert seen == {"trust": expected, "epochs": None}
+    text = CliRunner().invoke(command, ["--help"]).output
+    assert "--trust / --no-trust" in text
+    assert "[default: off]" in text
+
+
+# --- Attaching --------------------------------------------------------------------------------------------
+
+
+def test_the_newest_open_run_of_the_request_is_found(tmp_path: Path, request_for_shapes: TrainRequest) -> None:
+    assert running.find_open_run(request_for_shapes) is None
+    first = open_run(tmp_path, request_for_shapes, "first123")
+    second = open_run(tmp_path, request_for_shapes, "second12")
+    other = request_for_shapes.model_copy(update={"max_attempts": 5})
+    open_run(tmp_path, other, "other123")
+    assert running.find_open_run(request_for_shapes) == "second12"
+    second.folder.put("attempts/1/plan.json", b"{")  # damage is no reason to refuse a training
+    assert running.find_open_run(request_for_shapes) == "first123"
+    first.write_plan(make_plan(first))
+    first.write_outcome(1, Outcome(state=JobState.SUCCEEDED))
+    assert running.find_open_run(request_for_shapes) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("added image", "images/train/new.jpg came to the dataset"),
+        ("added label", "came to the dataset"),
+        ("changed", "changed"),
+        ("gone", "changed"),
+        ("no dataset any more", "changed"),
+    ],
+)
+def test_a_run_whose_dataset_changed_is_not_attached_to(
+    tmp_path: Path, request_for_shapes: TrainRequest, change: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = Path(request_for_shapes.dataset)
+    image, label = dataset / "images/train/shapes_00000.jpg", dataset / "labels/train/shapes_00000.txt"
+    if change == "added label":
+        label.rename(tmp_path / "label")
+        request_for_shapes = request_for_shapes.model_copy(update={"max_problem_share": 0.5})
+        index = check_dataset(dataset, max_problem_share=0.5)
+        RunRecord(str(tmp_path / "runs"), "open1234").write_dataset(index)
+        (tmp_path / "label").rename(label)
+    record = open_run(tmp_path, request_for_shapes, "open1234")
+    match change:
+        case "added image":
+            shutil.copy(image, image.with_name("new.jpg"))
+        case "changed":
+            image.write_bytes(image.read_bytes() + b" ")
+        case "gone":
+            label.unlink()
+        case "no dataset any more":
+            (dataset / "data.yaml").unlink()
+            shutil.rmtree(dataset / "labels")
+    assert told in running.describe_change(record, request_for_shapes)
+    assert running.find_open_run(request_for_shapes) is None
+    assert "does not attach to run open1234" in capsys.readouterr().err
+
+
+def test_files_that_are_only_newer_are_no_change(tmp_path: Path, request_for_shapes: TrainRequest) -> None:
+    """As after a fresh clone in CI."""
+    open_run(tmp_path, request_for_shapes, "open1234")
+    for file in Path(request_for_shapes.dataset).rglob("*.*"):
+        file.touch()
+    assert running.find_open_run(request_for_shapes) == "open1234"
+
+
+def test_a_run_key_stands_for_one_request(tmp_path: Path, request_for_shapes: TrainRequest) -> None:
+    """Also where the other request names another output folder, in which there is no such run."""
+    open_run(tmp_path, request_for_shapes, run_id_of_key("commit-1"))
+    elsewhere = request_for_shapes.model_copy(update={"output": str(tmp_path / "elsewhere")})
+    with pytest.raises(PlanChanged, match="output: None -> "):
+        running.run_keyed(elsewhere, "commit-1", False)
+    shutil.copy(Path(request_for_shapes.dataset) / "images/val/shapes_00000.jpg", Path(request_for_shapes.dataset) / "images/val/new.jpg")
+    with pytest.raises(PlanChanged, match=r"new\.jpg came to the dataset"):
+        running.run_keyed(request_for_shapes, "commit-1", False)
+
+
+# --- The plan ---------------------------------------------------------------------------------------------
+
+
+def test_the_plan_shows_byte_for_byte_what_a_run_submits(
+    tmp_path: Path, request_for_shapes: TrainRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import job_tasks, train
+
+    record = open_run(tmp_path, request_for_shapes, "same1234")
+    name = request_for_shapes.name or drafting.display_name("shapes", request_for_shapes.config.model)
+    run = record.run().model_copy(update={"name": name, "run_id": "same1234"})
+    provider = load_profile("local").provider()
+    planned: list[Any] = []
+
+    def make_plan_only(chosen: Any, _record: RunRecord, spec: Any) -> None:
+        planned.append(chosen.plan(spec))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job_tasks, "make_plan", make_plan_only)
+    with pytest.raises(KeyboardInterrupt):
+        train.run_attempt(provider, record, run, request_for_shapes, Step(Action.START, 1), lambda _status: None)
+    monkeypatch.setattr(drafting, "DRAFT_RUN_ID", "same1234")
+    drafted, _ = drafting.draft_plan(request_for_shapes)
+    assert canonical_json(drafted.request) == canonical_json(planned[0].request)
+    assert drafted.fingerprint == planned[0].fingerprint
+
+
+# --- The log ----------------------------------------------------------------------------------------------
+
+
+class LogsOnly:
+    """A provider whose attempt `n` has logged one line and is over."""
+
+    def logs(self, ref: JobRef, cursor: str = "") -> LogBatch:
+        return LogBatch(lines=() if cursor else (f"line of attempt {ref.attempt}",), cursor="1", ended=bool(cursor))
+
+
+def begin(record: RunRecord, attempt: int) -> None:
+    plan = make_plan(record)
+    record.write_plan(plan.model_copy(update={"spec": plan.spec.model_copy(update={"attempt": attempt})}))
+    uri = record.attempt_uri(attempt)
+    record.write_ref(JobRef(provider="local", native_id="n", run_id=record.run_id, attempt=attempt, output_uri=uri, fingerprint="f"))
+
+
+def test_following_goes_from_attempt_to_attempt_and_ends_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = RunRecord(str(tmp_path / "runs"), "logs1234")
+    record.open(run_file("logs1234"))
+    begin(record, 1)
+    waits: list[float] = []
+
+    def meanwhile(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            record.write_outcome(1, Outcome(state=JobState.FAILED, reason=FailureReason.PREEMPTED, epoch=1))
+        if len(waits) == 3:
+            begin(record, 2)
+        if len(waits) == 5:
+            record.write_outcome(2, Outcome(state=JobState.SUCCEEDED))
+
+    monkeypatch.setattr(cli_runs, "provider_of", lambda _record: LogsOnly())
+    monkeypatch.setattr(cli_runs.time, "sleep", meanwhile)
+    cli_runs.follow_run(record)
+    assert capsys.readouterr().out.splitlines() == ["line of attempt 1", "--- attempt 2 ---", "line of attempt 2"]
+    assert len(waits) == 5
+
+
+def test_following_a_run_that_nobody_closes_ends_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = RunRecord(str(tmp_path / "runs"), "logs1234")
+    record.open(run_file("logs1234"))
+    begin(record, 1)
+    monkeypatch.setattr(cli_runs, "provider_of", lambda _record: LogsOnly())
+    monkeypatch.setattr(cli_runs, "CLOSE_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(cli_runs, "FOLLOW_SECONDS", 0.02)
+    with pytest.raises(ServiceUnavailable, match="nobody goes on"):
+        cli_runs.follow_run(record)
