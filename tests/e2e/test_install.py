@@ -169,7 +169,7 @@ def test_webhook_of_another_kind_takes_the_place_of_the_first(team: Stack) -> No
     assert outcomes(changed)["automation   trainyard: a run failed"] == "updated"
     assert count_automations(team) == 4
     listed = team.command("prefect", "block", "ls", COLUMNS="200")
-    assert listed.stdout.count("trainyard-notify") == 1, listed.stdout
+    assert listed.stdout.count("webhook/trainyard-notify") == 1, listed.stdout
 
 
 def test_without_the_password_it_is_asked_for(team: Stack) -> None:

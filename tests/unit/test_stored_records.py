@@ -240,9 +240,9 @@ def dropped_in(record: StoredRecord) -> list[tuple[Any, ...]]:
     document = json.loads(record.model_dump_json())
     found: list[tuple[Any, ...]] = []
     for path in objects_in(document, record):
-        value = functools.reduce(
-            lambda at, step: at[step] if isinstance(step, int) or isinstance(at, dict) else getattr(at, step), path, record
-        )
+        value: Any = record
+        for step in path:
+            value = value[step] if isinstance(value, (dict, tuple)) else getattr(value, step)
         if type(value).model_config.get("extra") != "allow":
             found.append(path)
     return found
@@ -283,7 +283,8 @@ def rebuild(kind: type[BaseModel], target: type[BaseModel], dropped: str | None,
 def replace(annotation: Any, target: type[BaseModel], dropped: str | None, added: str | None) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel) and get_origin(annotation) is None:
         return rebuild(annotation, target, dropped, added)
-    origin, arguments = get_origin(annotation), get_args(annotation)
+    origin: Any = get_origin(annotation)
+    arguments = get_args(annotation)
     if not parts_of(annotation):
         return annotation
     changed = [argument if argument is ... else replace(argument, target, dropped, added) for argument in arguments]
