@@ -25,7 +25,6 @@ import pytest
 
 from tests.fit_rig import make_attempt
 from trainer.contract import ENV_HOME, AttemptLayout, Progress, ResultManifest
-from trainer.files import read_json
 from trainer.progress import read_lines
 from trainer.shapes import write_shapes
 
@@ -86,26 +85,19 @@ def train_whole(layout: AttemptLayout) -> None:
 
 
 def train_until_killed(layout: AttemptLayout, epoch: int) -> None:
-    """Kills supervisor and fit in the middle of `epoch`."""
+    """Kills supervisor and fit a third into `epoch`, the third or a later one."""
     supervisor = start(layout)
     deadline = time.monotonic() + 1200
-    while not is_within(layout, epoch):
+    while len(lines := read_lines(layout / AttemptLayout.PROGRESS_LINES)) < epoch - 1:
         assert supervisor.poll() is None, (layout / AttemptLayout.LOG).read_text()[-3000:]
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
+    time.sleep((lines[-1].updated_at - lines[-2].updated_at).total_seconds() / 3)
     processes = [psutil.Process(supervisor.pid), *psutil.Process(supervisor.pid).children(recursive=True)]
     for process in processes:
         process.kill()
     psutil.wait_procs(processes[1:], timeout=30)
     supervisor.wait(30)
-
-
-def is_within(layout: AttemptLayout, epoch: int) -> bool:
-    document = read_json(layout / AttemptLayout.PROGRESS)
-    if document is None:
-        return False
-    latest = Progress.model_validate(document)
-    return latest.epoch == epoch - 1 and 0 < latest.step < latest.steps
 
 
 def training_loss(line: Progress) -> float:
