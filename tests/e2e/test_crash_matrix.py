@@ -159,7 +159,7 @@ def run_case(yard: Yard, dataset: Path, moment: str, victims: tuple[str, ...]) -
     assert (attempts[-1] / "model/model.pt").stat().st_size > 10_000
     assert not (attempts[0] / "manifest.json").exists() or len(attempts) == 1
     wait_for("nothing of the run is left running", lambda: not processes_of(run_id), 30)
-    epochs = [[json.loads(line)["epoch"] for line in (attempt / "progress.jsonl").read_text().splitlines()] for attempt in attempts]
+    epochs = [epochs_of(attempt) for attempt in attempts]
     assert sorted({epoch for lines in epochs for epoch in lines}) == list(range(1, CONFIG["epochs"] + 1))
     # An old trainer that lives on trains in vain, beside the one that counts; it is not what was lost.
     repeated = 0 if "lock" in victims else sum(map(len, epochs)) - CONFIG["epochs"]
@@ -185,6 +185,12 @@ def processes_of(run_id: str) -> list[str]:
             if run_id in command and "-m trainer" in command:
                 found.append(command)
     return found
+
+
+def epochs_of(attempt: Path) -> list[int]:
+    """Epochs that the attempt finished; none where an earlier one had trained them all, and it only wrote the result."""
+    lines = attempt / "progress.jsonl"
+    return [json.loads(line)["epoch"] for line in lines.read_text().splitlines()] if lines.exists() else []
 
 
 def told(yard: Yard, run_id: str) -> int:
