@@ -13,6 +13,7 @@ from blocks.errors import JobFailed, JobNotFound, ResultMissing, RunCancelled
 from blocks.job import FailureReason, JobRef, JobState, JobStatus, Result
 from blocks.provider import Provider
 from blocks.record import CancelRequest, Outcome, Receipt, RunRecord
+from blocks.stalling import RESTART, as_restart
 from trainer.contract import EXIT_REASONS, TrainyardError
 
 # Prefect kills a flow that it cancels after 30 s; within this time a job must be over, or is told to be late.
@@ -84,6 +85,9 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
 
     Several processes may do so at once, a flow and a `trainyard cancel`, say: the first outcome stands.
     """
+    # A policy that restarts stalled jobs had this one stopped, whoever closes it now.
+    restarts = (event for event in record.events() if event.kind == RESTART and event.data.get("attempt") == ref.attempt)
+    status = as_restart(status, next((event.message for event in restarts), ""))
     result = collect_what_there_is(provider, ref, status)
     asked = record.cancel_request(ref.attempt)
     succeeded = status.state is JobState.SUCCEEDED

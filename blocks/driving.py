@@ -78,10 +78,11 @@ class Heartbeat:
         self.written_at = -math.inf
         self.keep = False  # something is left to do for the run, though this process is through with it
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
+        """Whether it was time to write."""
         now = time.monotonic()
         if now - self.written_at < BEAT_SECONDS:
-            return
+            return False
         process = psutil.Process()
         driver = Driver(
             flow_run_id=self.flow_run_id,
@@ -92,6 +93,7 @@ class Heartbeat:
         )
         self.record.folder.put(f"{DRIVERS}/{self.flow_run_id}.json", driver.model_dump_json(indent=1).encode())
         self.written_at = now
+        return True
 
 
 @contextmanager

@@ -125,6 +125,22 @@ class Problem(StoredRecord):
     hint: str = ""
 
 
+class WatchPolicy(StoredRecord):
+    """When a job counts as stalled, and what follows. Of the profile; kept in the run's record, so that any watcher has it.
+
+    What is waited for decides which limit counts (`blocks.stalling`): a training step, a sign of life between steps or
+    outside training, or the start of the job.
+    """
+
+    stall_factor: float = Field(default=30.0, description="No step for so many times the median step's time is a stall.")
+    stall_min_seconds: float = Field(default=300.0, description="However short the steps are, a shorter silence is no stall.")
+    stall_phase_seconds: float = Field(
+        default=3600.0, description="Silence that is a stall while data is prepared, an evaluation runs, or nothing is known of its pace."
+    )
+    queue_limit_seconds: float | None = Field(default=None, description="Longest wait for the trainer's first word. None: any.")
+    on_stall: Literal["warn", "stop", "restart"] = "warn"
+
+
 class Price(StoredRecord):
     usd_per_hour: float
     as_of: str

@@ -13,7 +13,7 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 from pydantic import AwareDatetime, Field
 
 from blocks.attempts import Action, next_step_of
-from blocks.job import JobState, TrainRequest
+from blocks.job import JobState
 from blocks.record import Outcome, RunFile, RunRecord
 from trainer.contract import StoredRecord, utc_now
 
@@ -46,7 +46,7 @@ class News:
 
 def news_of(record: RunRecord, run: RunFile, now: datetime) -> list[News]:
     """All news that the record holds, told or not."""
-    request = TrainRequest.model_validate(run.request)
+    request = run.asked()
     attempts = record.attempts()
     found = [
         News(

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from blocks.attempts import Action, next_step_of
 from blocks.driving import drivers, is_alive
-from blocks.job import JobState, TrainRequest
+from blocks.job import JobState
 from blocks.record import RunRecord
 from trainer.contract import AttemptLayout, RunLayout, utc_now
 from trainer.locks import is_held
@@ -35,7 +35,7 @@ class Removal:
 def why_in_use(record: RunRecord) -> str:
     """Why nothing of the run may be deleted now; empty where it may."""
     try:
-        request = TrainRequest.model_validate(record.run().request)
+        request = record.run().asked()
         step = next_step_of(record, max_attempts=request.max_attempts)
         working = any(is_alive(driver, utc_now()) for driver in drivers(record))
     except ValidationError:
@@ -93,7 +93,7 @@ def weights_of_open_runs(records: list[RunRecord]) -> list[Path]:
     found: list[Path] = []
     for record in records:
         try:
-            weights = TrainRequest.model_validate(record.run().request).config.weights
+            weights = record.run().asked().config.weights
         except ValidationError:
             continue
         if weights and "/" in weights and why_in_use(record):

@@ -17,8 +17,8 @@ from typing import Any, TypeVar, cast
 from pydantic import AwareDatetime, Field, JsonValue, ValidationError
 
 from blocks.errors import ConfigError, PlanChanged, RunNotFound
-from blocks.job import FailureReason, JobRef, JobState, JobStatus, Plan, Result, TrainRequest, fingerprint
-from trainer.contract import ENV_HOME, AttemptLayout, DatasetRef, RunLayout, StoredRecord, utc_now
+from blocks.job import FailureReason, JobRef, JobState, JobStatus, Plan, Result, TrainRequest, WatchPolicy, fingerprint
+from trainer.contract import ENV_HOME, STORED, AttemptLayout, DatasetRef, RunLayout, StoredRecord, utc_now
 from trainer.dataset import DatasetIndex
 from trainer.storage import ObjectFolder, to_path, to_uri
 
@@ -38,13 +38,15 @@ class RunFile(StoredRecord):
     flow_run_id: str = ""
     created_at: AwareDatetime = Field(default_factory=utc_now)
     versions: dict[str, str] = Field(default_factory=dict)
+    watch: WatchPolicy = WatchPolicy()
+
+    def asked(self) -> TrainRequest:
+        """The request, whichever version wrote it: what this one does not know is kept."""
+        return TrainRequest.model_validate(self.request, context=STORED)
 
     def current_hash(self) -> str:
         """The request's hash as this version makes it: a field that is new, with its default, changes nothing."""
-        try:
-            return request_hash(TrainRequest.model_validate(self.request))
-        except ValidationError:  # written by a newer version, with a field that this one does not know
-            return self.request_hash
+        return request_hash(self.asked())
 
 
 class Outcome(StoredRecord):

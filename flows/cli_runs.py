@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from blocks import load_provider
 from blocks.attempts import Action, cancel_run, next_step_of
 from blocks.errors import ConfigError, JobNotFound, RunNotFound, ServiceUnavailable
-from blocks.job import JobRef, JobState, JobStatus, TrainRequest
+from blocks.job import JobRef, JobState, JobStatus
 from blocks.provider import Provider
 from blocks.record import RunFile, RunRecord, find_run, known_outputs
 from flows.cli_clean import Age, prune, rm
@@ -275,7 +275,7 @@ def cancel(run: str, why: str, as_json: bool) -> None:
 
 def is_over(record: RunRecord) -> bool:
     """Whether nothing runs and, with the attempts that the run's request allows, nothing follows."""
-    request = TrainRequest.model_validate(record.run().request)
+    request = record.run().asked()
     return next_step_of(record, max_attempts=request.max_attempts).action is Action.DONE
 
 

@@ -99,7 +99,7 @@ def resume(run: str, as_json: bool) -> None:
         raise ConfigError(
             f"run {record.run_id} succeeded; there is nothing to go on with", hint="start a new run with --weights and its model.pt"
         )
-    request = TrainRequest.model_validate(stored.request)
+    request = stored.asked()
     run_and_print(request, as_json, run_id=record.run_id, resume=True)
 
 

@@ -19,11 +19,12 @@ from blocks.attempts import close, close_unsubmitted
 from blocks.errors import AuthError, ConfigError, JobNotFound, PlanChanged, QuotaError, RunCancelled, TransientError
 from blocks.job import FailureReason, JobRef, JobSpec, JobState, JobStatus, Plan, TrainRequest
 from blocks.naming import display_name
+from blocks.profiles import load_profile
 from blocks.provider import Provider
 from blocks.record import Outcome, RunFile, RunRecord, remember_output, request_hash
 from flows.reporting import ProgressReporter
 from flows.reporting_text import problem_line
-from flows.watching import Listener, watch
+from flows.watching import Listener, StallGuard, watch
 from trainer.contract import ExitCode, TrainerError
 from trainer.dataset import DatasetIndex, added_files, changed_files, check_dataset
 
@@ -113,6 +114,7 @@ def open_run(record: RunRecord, request: TrainRequest, provider: Provider[Any], 
             settings=provider.settings.model_dump(mode="json"),
             owner=getpass.getuser(),
             flow_run_id=flow_run_id,
+            watch=load_profile(request.profile).watch,
             versions={name: importlib.metadata.version(name) for name in ("trainyard", "prefect")},
         )
     )
@@ -151,14 +153,16 @@ def submit_job(provider: Provider[Any], record: RunRecord, plan: Plan) -> JobRef
 @task(name="watch", task_run_name="train {plan.spec.config.model}, {plan.spec.config.epochs} epochs", **RETRIES)
 def watch_job(provider: Provider[Any], record: RunRecord, plan: Plan, ref: JobRef, listener: Listener) -> JobStatus:
     """The job's last status. A job that the provider no longer knows is lost, never a reason to create another under its key."""
-    reporter = ProgressReporter(record, get_run_logger())
+    logger = get_run_logger()
+    reporter = ProgressReporter(record, logger)
+    guard = StallGuard(record, ref, record.run().watch, provider.CAPABILITIES.poll_seconds[1], logger)
 
     def tell(status: JobStatus) -> None:
         reporter.report(status)
         listener(status)
 
     try:
-        return watch(provider, ref, record, plan.spec.max_runtime_seconds, tell)
+        return watch(provider, ref, record, plan.spec.max_runtime_seconds, tell, guard)
     except JobNotFound as exc:
         return JobStatus(state=JobState.FAILED, native_state="lost", reason=FailureReason.INFRASTRUCTURE, message=exc.message)
 

@@ -26,7 +26,6 @@ from prefect.states import Cancelled, Crashed, Scheduled
 from blocks import load_provider
 from blocks.attempts import Action, Step, cancel_run, close, next_step_of, poll_or_lost
 from blocks.driving import Driver, driven_runs, drivers, forget, is_alive
-from blocks.job import TrainRequest
 from blocks.record import RunFile, RunRecord
 from flows.identity import record_of_flow_run
 from flows.telling import tell_news
@@ -139,7 +138,7 @@ def reconcile_run(client: SyncPrefectClient, record: RunRecord) -> list[str]:
 
 
 def look(record: RunRecord, run: RunFile | None, driver: Driver, flow_run: FlowRun | None, *, alive: bool, now: datetime) -> Sight:
-    most = TrainRequest.model_validate(run.request).max_attempts if run else 1
+    most = run.asked().max_attempts if run else 1
     step = next_step_of(record, max_attempts=most)
     state = flow_run.state if flow_run else None
     return Sight(

@@ -151,7 +151,8 @@ def go_through(
     listener = LISTENER.get()
 
     def on_status(status: JobStatus) -> None:
-        beat()
+        if beat():
+            tell_news(record, run, get_run_logger())  # that it stalled, say
         listener(record, status)
 
     step = next_step_of(record, max_attempts=request.max_attempts, resume=resume and may_resume(record, flow_run_id))

@@ -1,24 +1,33 @@
-"""The only poll loop of the project. `next_delay` is pure; `watch` asks, tells its listener, and waits."""
+"""The only poll loop of the project. `next_delay` is pure; `watch` asks, tells its listener, and waits.
+
+`StallGuard` acts on what `blocks.stalling` judges. Whatever it decides is in the run's record before it is done, so
+that another watcher sees it through.
+"""
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
+from blocks.attempts import DEADLINE
 from blocks.errors import ServiceUnavailable, TransientError
-from blocks.job import JobRef, JobState, JobStatus
+from blocks.job import JobRef, JobState, JobStatus, WatchPolicy
 from blocks.provider import Provider
-from blocks.record import RunRecord
+from blocks.record import CancelRequest, RunRecord
+from blocks.stalling import RECOVERED, RESTART, STALLED, Stall, StallJudge, as_restart, may_restart
 from trainer.contract import utc_now
 
 Listener = Callable[[JobStatus], None]
+Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 # The provider stops the job itself at its maximum run time; this is for a provider that did not.
 DEADLINE_MARGIN_SECONDS = 300.0
 MOST_FAILED_POLLS = 20
+STALL_POLICY = "stall policy"  # who asked, where a stalled run is stopped
 
 
 def next_delay(quiet_polls: int, failed_polls: int, bounds: tuple[float, float], jitter: float) -> float:
@@ -34,12 +43,59 @@ def next_delay(quiet_polls: int, failed_polls: int, bounds: tuple[float, float],
     return delay * (0.9 + 0.2 * jitter)
 
 
+class StallGuard:
+    """Tells the record of an attempt's stalls and of their end, once per cause whoever watches, and acts as the policy says."""
+
+    def __init__(
+        self,
+        record: RunRecord,
+        ref: JobRef,
+        policy: WatchPolicy,
+        longest_poll_seconds: float,
+        logger: Logger,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._record, self._ref, self._policy, self._logger, self._clock = record, ref, policy, logger, clock
+        self._judge = StallJudge(policy, ref.submitted_at, longest_poll_seconds)
+        told = [event for event in record.events() if event.data.get("attempt") == ref.attempt]
+        self._told: dict[str, set[str]] = {STALLED: set(), RECOVERED: set(), RESTART: set()}
+        for event in told:
+            self._told.setdefault(event.kind, set()).add(str(event.data.get("cause")))
+        self.restart_why = next((event.message for event in told if event.kind == RESTART), "")
+
+    def observe(self, status: JobStatus) -> None:
+        verdict = self._judge.observe(status, self._clock())
+        if verdict.stall is not None:
+            self._tell(STALLED, verdict.stall.cause, verdict.stall.message)
+            self._act(verdict.stall)
+        elif verdict.alive:
+            for cause in sorted(self._told[STALLED] - self._told[RECOVERED]):
+                self._tell(RECOVERED, cause, f"it goes on ({cause})")
+
+    def _act(self, stall: Stall) -> None:
+        attempt = self._ref.attempt
+        if self._policy.on_stall == "stop" and self._record.cancel_request(attempt) is None:
+            self._record.request_cancel(CancelRequest(attempt=attempt, asked_by=STALL_POLICY, why=stall.message))
+        if self._policy.on_stall == "restart" and may_restart(stall.cause) and not self.restart_why:
+            self._tell(RESTART, stall.cause, stall.message)
+            self.restart_why = stall.message
+
+    def _tell(self, kind: str, cause: str, message: str) -> None:
+        if cause in self._told[kind]:
+            return
+        self._told[kind].add(str(cause))
+        self._record.add_event(kind, message, attempt=self._ref.attempt, cause=str(cause))
+        self._logger.warning("attempt %d, %s: %s", self._ref.attempt, kind, message)
+
+
 def watch(
     provider: Provider[Any],
     ref: JobRef,
     record: RunRecord,
     max_runtime_seconds: float,
     listener: Listener,
+    guard: StallGuard,
     *,
     sleep: Callable[[float], None] = time.sleep,
 ) -> JobStatus:
@@ -65,11 +121,13 @@ def watch(
             failed = 0
             listener(status)
             if status.state.is_terminal:
-                return status
+                return as_restart(status, guard.restart_why)
             if running_since is None and status.state in (JobState.STARTING, JobState.RUNNING):
                 running_since = utc_now()
-            overdue = running_since is not None and utc_now() > running_since + allowed
-            if not asked_to_stop and _must_stop(record, ref, status, overdue=overdue):
+            if running_since is not None and utc_now() > running_since + allowed:
+                _request_deadline(record, ref, max_runtime_seconds)
+            guard.observe(status)
+            if not asked_to_stop and _must_stop(record, ref, status, restart=bool(guard.restart_why)):
                 provider.cancel(ref)
                 asked_to_stop = True
             now_seen = (status.state, status.message, status.progress.epoch if status.progress else 0)
@@ -77,8 +135,15 @@ def watch(
         sleep(next_delay(quiet, failed, provider.CAPABILITIES.poll_seconds, random.random()))
 
 
-def _must_stop(record: RunRecord, ref: JobRef, status: JobStatus, *, overdue: bool) -> bool:
-    """Somebody's wish to cancel whose call to the provider was lost, or a job over its time."""
+def _request_deadline(record: RunRecord, ref: JobRef, seconds: float) -> None:
+    """Under the name that `blocks.attempts` knows as nobody's wish, so that the run ends as out of time, not as cancelled."""
+    if record.cancel_request(ref.attempt) is None:
+        why = f"over its maximum run time of {seconds:.0f} s"
+        record.request_cancel(CancelRequest(attempt=ref.attempt, asked_by=DEADLINE, why=why))
+
+
+def _must_stop(record: RunRecord, ref: JobRef, status: JobStatus, *, restart: bool) -> bool:
+    """A stored wish, of a person, the deadline or the stall policy; its call to the provider may have been lost."""
     if status.state is JobState.STOPPING:
         return False
-    return overdue or record.cancel_request(ref.attempt) is not None
+    return restart or record.cancel_request(ref.attempt) is not None

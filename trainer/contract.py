@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, field_validator
 
+from trainer.records import STORED as STORED  # noqa: PLC0414 - the launcher has it from here
 from trainer.records import StoredRecord, UserInput
 from trainer.records import unknown_name_message as unknown_name_message  # noqa: PLC0414 - the launcher has it from here
 

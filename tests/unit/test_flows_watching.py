@@ -1,19 +1,22 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from blocks.attempts import DEADLINE
 from blocks.errors import JobNotFound, RateLimited, ServiceUnavailable
-from blocks.job import JobRef, JobState, JobStatus
+from blocks.job import FailureReason, JobRef, JobState, JobStatus, WatchPolicy
 from blocks.record import CancelRequest, RunRecord
-from flows.watching import DEADLINE_MARGIN_SECONDS, MOST_FAILED_POLLS, next_delay, watch
-from trainer.contract import utc_now
+from flows.watching import DEADLINE_MARGIN_SECONDS, MOST_FAILED_POLLS, STALL_POLICY, StallGuard, next_delay, watch
+from trainer.contract import STEPPING, Phase, Progress, utc_now
 
 BOUNDS = (1.0, 60.0)
+LOG = logging.getLogger(__name__)
 
 
 def test_delay_grows_to_the_longest_and_stays() -> None:
@@ -39,23 +42,22 @@ class ScriptedProvider:
     NAME = "scripted"
     CAPABILITIES = SimpleNamespace(poll_seconds=BOUNDS)
 
-    def __init__(self, script: list[JobState | Exception]) -> None:
-        self.script: Iterator[JobState | Exception] = iter(script)
+    def __init__(self, script: Sequence[JobState | JobStatus | Exception]) -> None:
+        self.script: Iterator[JobState | JobStatus | Exception] = iter(script)
         self.cancelled = 0
 
     def poll(self, _ref: JobRef) -> JobStatus:
         answer = next(self.script)
         if isinstance(answer, Exception):
             raise answer
-        return JobStatus(state=answer)
+        return answer if isinstance(answer, JobStatus) else JobStatus(state=answer)
 
     def cancel(self, _ref: JobRef) -> None:
         self.cancelled += 1
 
 
-def observe(tmp_path: Path, provider: Any, *, max_runtime: float = 3600) -> tuple[list[JobState], list[float], RunRecord]:
-    record = RunRecord(str(tmp_path), "watch1")
-    ref = JobRef(
+def make_ref(tmp_path: Path) -> JobRef:
+    return JobRef(
         provider="scripted",
         native_id="x",
         run_id="watch1",
@@ -64,9 +66,15 @@ def observe(tmp_path: Path, provider: Any, *, max_runtime: float = 3600) -> tupl
         fingerprint="",
         submitted_at=utc_now(),
     )
+
+
+def observe(tmp_path: Path, provider: Any, *, max_runtime: float = 3600) -> tuple[list[JobState], list[float], RunRecord]:
+    record = RunRecord(str(tmp_path), "watch1")
+    ref = make_ref(tmp_path)
+    guard = StallGuard(record, ref, WatchPolicy(), BOUNDS[1], LOG)
     states: list[JobState] = []
     sleeps: list[float] = []
-    watch(provider, ref, record, max_runtime, lambda status: states.append(status.state), sleep=sleeps.append)
+    watch(provider, ref, record, max_runtime, lambda status: states.append(status.state), guard, sleep=sleeps.append)
     return states, sleeps, record
 
 
@@ -106,5 +114,111 @@ def test_a_stored_wish_to_cancel_reaches_the_provider_once(tmp_path: Path) -> No
 @pytest.mark.parametrize(("state", "cancels"), [(JobState.RUNNING, 1), (JobState.QUEUED, 0)])
 def test_a_job_that_outlives_its_time_is_stopped_and_one_that_waits_is_not(tmp_path: Path, state: JobState, cancels: int) -> None:
     provider = ScriptedProvider([state, state, JobState.CANCELLED])
-    observe(tmp_path, provider, max_runtime=-DEADLINE_MARGIN_SECONDS - 1)
+    *_, record = observe(tmp_path, provider, max_runtime=-DEADLINE_MARGIN_SECONDS - 1)
     assert provider.cancelled == cancels
+    asked = record.cancel_request(1)
+    assert (asked.asked_by if asked else "") == (DEADLINE if cancels else "")
+
+
+# --- Stalls ----------------------------------------------------------------------------------------------
+
+
+def step(number: int, *, epoch: int = 0, nonfinite: int = 0) -> JobStatus:
+    progress = Progress(
+        attempt=1,
+        phase=Phase.TRAINING,
+        epochs=9,
+        epoch=epoch,
+        step=number,
+        steps=100,
+        activity=STEPPING,
+        step_seconds=1.0,
+        last_step_at=utc_now(),
+        nonfinite_losses=nonfinite,
+    )
+    return JobStatus(state=JobState.RUNNING, progress=progress)
+
+
+class Die(Exception):
+    """The watcher is killed here."""
+
+
+def endure(tmp_path: Path, script: Sequence[JobState | JobStatus | Exception], on_stall: str) -> tuple[JobStatus | None, int, RunRecord]:
+    """Watches a script in which a minute passes between two observations; a step may take five. The status, cancels, the record."""
+    provider: Any = ScriptedProvider(script)
+    record = RunRecord(str(tmp_path), "watch1")
+    now = iter(range(0, 60 * 1000, 60))
+    guard = StallGuard(
+        record,
+        make_ref(tmp_path),
+        WatchPolicy.model_validate({"on_stall": on_stall}),
+        BOUNDS[1],
+        LOG,
+        clock=lambda: float(next(now)),
+    )
+    try:
+        status = watch(provider, make_ref(tmp_path), record, 3600, lambda _: None, guard, sleep=lambda _: None)
+    except Die:
+        status = None
+    return status, provider.cancelled, record
+
+
+def events(record: RunRecord) -> list[tuple[str, Any]]:
+    return [(event.kind, event.data["cause"]) for event in record.events()]
+
+
+def stuck(count: int = 8) -> list[JobState | JobStatus | Exception]:
+    return [step(3)] * count
+
+
+def test_a_stall_and_its_end_are_told_once_whoever_watches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, cancels, record = endure(tmp_path, [*stuck(), Die()], "warn")
+    assert events(record) == [("stalled", "no-step")]
+    assert "no training step after step 3" in caplog.text
+    assert record.events()[0].data["attempt"] == 1
+    endure(tmp_path, [*stuck(), Die()], "warn")
+    assert events(record) == [("stalled", "no-step")]
+    goes_on = [step(4), step(5), *stuck(), step(6), JobState.SUCCEEDED]
+    status, more_cancels, record = endure(tmp_path, goes_on, "warn")
+    assert events(record) == [("stalled", "no-step"), ("recovered", "no-step")]
+    assert status is not None
+    assert (status.state, cancels + more_cancels, record.cancel_request(1)) == (JobState.SUCCEEDED, 0, None)
+
+
+def test_stop_asks_in_the_policys_name(tmp_path: Path) -> None:
+    status, cancels, record = endure(tmp_path, [*stuck(), JobState.STOPPING, JobState.CANCELLED], "stop")
+    asked = record.cancel_request(1)
+    assert asked is not None
+    assert (asked.asked_by, cancels) == (STALL_POLICY, 1)
+    assert "no training step" in asked.why
+    assert status is not None
+    assert status.state is JobState.CANCELLED
+
+
+def test_restart_fails_the_attempt_so_that_another_follows(tmp_path: Path) -> None:
+    status, cancels, record = endure(tmp_path, [*stuck(), JobState.STOPPING, JobState.CANCELLED], "restart")
+    assert events(record) == [("stalled", "no-step"), ("stall-restart", "no-step")]
+    assert (cancels, record.cancel_request(1)) == (1, None)
+    assert status is not None
+    assert (status.state, status.reason) == (JobState.FAILED, FailureReason.INFRASTRUCTURE)
+    assert "no training step" in status.message
+
+
+def test_restart_survives_the_death_of_its_watcher(tmp_path: Path) -> None:
+    """Killed between intent and call, and between call and end: the next watcher goes on from the event."""
+    *_, record = endure(tmp_path, [*stuck(), Die()], "restart")
+    assert ("stall-restart", "no-step") in events(record)
+    _, cancels, _ = endure(tmp_path, [step(3), Die()], "restart")
+    assert cancels == 1
+    status, _, record = endure(tmp_path, [JobState.STOPPING, JobState.CANCELLED], "restart")
+    assert status is not None
+    assert status.reason is FailureReason.INFRASTRUCTURE
+    assert len(events(record)) == 2
+
+
+@pytest.mark.parametrize(("on_stall", "cancels"), [("warn", 0), ("restart", 0), ("stop", 1)])
+def test_a_training_that_diverged_is_told_or_stopped_and_never_restarted(tmp_path: Path, on_stall: str, cancels: int) -> None:
+    script = [step(1), step(2, nonfinite=1), step(7, nonfinite=6), step(8, nonfinite=7), JobState.CANCELLED]
+    _, cancelled, record = endure(tmp_path, script, on_stall)
+    assert events(record) == [("stalled", "diverged")]
+    assert cancelled == cancels

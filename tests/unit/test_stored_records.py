@@ -60,6 +60,7 @@ REQUIRED: dict[str, set[str]] = {
     "RunFile": {"run_id", "name", "request", "request_hash", "provider", "settings", "owner"},
     "Telling": set(),
     "TrainJob": {"run_id", "attempt", "name", "config", "dataset"},
+    "WatchPolicy": set(),
 }
 
 # --- A record of each type, as this version writes it ------------------------------------------------------
@@ -133,6 +134,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
     },
     "Telling": {"sent": True, "at": TIME},
     "TrainJob": {"run_id": "r", "attempt": 1, "name": "n", "config": CONFIG, "dataset": DATASET},
+    "WatchPolicy": {},
 }
 
 

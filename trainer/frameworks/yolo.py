@@ -188,6 +188,7 @@ class YoloDetection:
             },
         )
         validator.add_callback("on_val_batch_end", lambda _validator: self._context.stopper.check())
+        validator.add_callback("on_val_batch_end", lambda _validator: self._context.progress.beat())
         return validator
 
     def predict(self, model: Path, images: Sequence[Path]) -> list[list[Box]]:
@@ -200,6 +201,7 @@ class YoloDetection:
         found: list[list[Box]] = []
         for path in images:
             self._context.stopper.check()
+            self._context.progress.beat()
             result = yolo.predict(
                 str(path),
                 conf=SAMPLE_CONFIDENCE,

@@ -135,6 +135,8 @@ class TrainingCallbacks:
 
     def on_epoch_start(self, _trainer: DetectionTrainer) -> None:
         self._clock.start_epoch()
+        if self._context.progress.latest.activity == STEPPING:  # begun anew, with a smaller batch: the loaders start again
+            self._context.progress.update(activity="")
 
     def on_step_start(self, _trainer: DetectionTrainer) -> None:
         self._clock.start_step()
@@ -142,7 +144,7 @@ class TrainingCallbacks:
 
     def on_step_end(self, trainer: DetectionTrainer) -> None:
         self._clock.end_step()
-        # The loss is on the CPU already, for Ultralytics' progress bar: asking costs no wait for the GPU.
+        # Ultralytics' progress bar waited for the GPU in this step already: asking costs next to nothing.
         finite_loss = trainer.loss is None or bool(trainer.loss.isfinite().all())
         self.nonfinite_losses = 0 if finite_loss else self.nonfinite_losses + 1
         self._check_stop()
@@ -152,7 +154,8 @@ class TrainingCallbacks:
     def on_epoch_trained(self, trainer: DetectionTrainer) -> None:
         self._check_stop()
         self._context.refuse_changed_data()
-        changes = self._describe_step(trainer) | {"activity": "validating"}
+        changes = self._describe_step(trainer)
+        changes["activity"] = "validating"
         if trainer.batch_size != self.batch_size > 0:
             changes["message"] = f"the GPU's memory was too small: batch size reduced from {self.batch_size} to {trainer.batch_size}"
             log.warning(changes["message"])
