@@ -18,8 +18,8 @@ from pydantic import AwareDatetime, Field, JsonValue, ValidationError
 
 from blocks.errors import ConfigError, PlanChanged, RunNotFound
 from blocks.job import FailureReason, JobRef, JobState, JobStatus, Plan, Result, TrainRequest, WatchPolicy, fingerprint
-from trainer.contract import ENV_HOME, STORED, AttemptLayout, DatasetRef, RunLayout, StoredRecord, utc_now
-from trainer.dataset import DatasetIndex
+from trainer.contract import ENV_HOME, STORED, AttemptLayout, DatasetRef, RunLayout, StoredRecord, TrainyardError, utc_now
+from trainer.dataset import DatasetIndex, added_files, changed_files
 from trainer.storage import ObjectFolder, to_path, to_uri
 
 Record = TypeVar("Record", bound=StoredRecord)
@@ -287,6 +287,24 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: 
         elif before != after:
             parts.append(f"{prefix}{key}: {before!r} -> {after!r}")
     return "; ".join(parts)
+
+
+def describe_dataset_change(record: RunRecord, source: Path) -> str:
+    """What changed in the dataset at `source` since the run read it; empty where nothing did, or where it is not on this machine."""
+    index = record.dataset()
+    if index is None or not source.exists():
+        return ""
+    if changed := changed_files(index, Path(index.root)):
+        return f"{_name_some(changed)} changed"
+    try:
+        added = added_files(index, source)
+    except TrainyardError as exc:
+        return f"the dataset changed ({exc.message})"
+    return f"{_name_some(added)} came to the dataset" if added else ""
+
+
+def _name_some(paths: list[str]) -> str:
+    return f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else paths[0]
 
 
 def check_run_id(run_id: str) -> str:

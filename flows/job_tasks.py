@@ -21,12 +21,12 @@ from blocks.job import FailureReason, JobRef, JobSpec, JobState, JobStatus, Plan
 from blocks.naming import display_name
 from blocks.profiles import load_profile
 from blocks.provider import Provider
-from blocks.record import Outcome, RunFile, RunRecord, remember_output, request_hash
+from blocks.record import Outcome, RunFile, RunRecord, describe_dataset_change, remember_output, request_hash
 from flows.reporting import ProgressReporter
 from flows.reporting_text import problem_line
 from flows.watching import Listener, StallGuard, watch
 from trainer.contract import ExitCode, TrainerError
-from trainer.dataset import DatasetIndex, added_files, changed_files, check_dataset
+from trainer.dataset import DatasetIndex, check_dataset
 
 
 async def _is_transient(_task: object, _run: TaskRun, state: State[Any]) -> bool:
@@ -74,14 +74,9 @@ def require_same_dataset(record: RunRecord, request: TrainRequest) -> None:
 
     Where the dataset is not on this machine there is nothing to compare, and the run's own version stands.
     """
-    index = record.dataset()
-    if index is None or not Path(request.dataset).exists():
-        return
-    changed = changed_files(index, Path(index.root)) or added_files(index, Path(request.dataset))
-    if changed:
+    if change := describe_dataset_change(record, Path(request.dataset)):
         raise PlanChanged(
-            f"run {record.run_id} of this run key was made of dataset version {index.version[:12]}, and {len(changed)} of its files "
-            f"differ now, first {changed[0]}",
+            f"the run key is that of run {record.run_id}, which trained something else: {change}",
             run_id=record.run_id,
             hint="use another run key for another version of the dataset",
         )

@@ -22,6 +22,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Crashed, Scheduled
+from pydantic import ValidationError
 
 from blocks import load_provider
 from blocks.attempts import Action, Step, cancel_run, close, next_step_of, poll_or_lost
@@ -44,6 +45,8 @@ FRESH = timedelta(hours=1)
 MOST_RESTARTS = 3
 RESTARTED = "restarted"
 
+# What one run's look may run into; ValidationError for a record or a parameter that nobody can read.
+TROUBLE = (TrainyardError, ValidationError, httpx.HTTPError, PrefectException)
 CANCELLING = (StateType.CANCELLING, StateType.CANCELLED)
 WAITING = (StateType.SCHEDULED, StateType.PAUSED)
 
@@ -97,7 +100,7 @@ def reconcile_pass() -> list[str]:
         for record in driven_runs():
             try:
                 done += reconcile_run(client, record)
-            except (TrainyardError, httpx.HTTPError, PrefectException) as exc:
+            except TROUBLE as exc:  # one damaged record must not keep the others waiting
                 done.append(f"run {record.run_id}: {type(exc).__name__}: {exc}")
         done += restart_unstarted(client)
     return done
@@ -254,7 +257,11 @@ def restart_unstarted(client: SyncPrefectClient) -> list[str]:
         age = now - state.timestamp
         if not (START_PATIENCE if state.type is StateType.PENDING else SETTLE) < age < FRESH:
             continue
-        record = record_of_flow_run(flow_run)
+        try:
+            record = record_of_flow_run(flow_run)
+        except TROUBLE as exc:
+            done.append(f"flow run {flow_run.name}: {type(exc).__name__}: {exc}")
+            continue
         if record.exists() or drivers(record) or count_restarts(record) >= MOST_RESTARTS:
             continue
         reschedule(client, flow_run)

@@ -19,12 +19,11 @@ from blocks.claims import claim_run, release
 from blocks.errors import PlanChanged, ServiceUnavailable
 from blocks.job import JobState, TrainRequest
 from blocks.naming import run_id_of_key
-from blocks.record import RunRecord, all_runs, describe_difference, known_outputs, request_hash
+from blocks.record import RunRecord, all_runs, describe_dataset_change, describe_difference, known_outputs, request_hash
 from flows import prefect_settings
 from flows.display import TrainingDisplay, stderr_console
 from flows.reporting_text import format_cost, format_figure, format_seconds
 from trainer.contract import AttemptLayout, ExitCode, RunLayout, TrainyardError
-from trainer.dataset import added_files, changed_files
 from trainer.storage import to_path
 
 SUMMARY = ("run_id", "name", "state", "model_uri", "manifest_uri", "metrics", "metrics_split", "cost_usd", "duration_seconds")
@@ -52,7 +51,7 @@ def find_open_run(request: TrainRequest) -> str | None:
         try:
             if record.run().current_hash() != wanted or next_step_of(record, max_attempts=request.max_attempts).action is Action.DONE:
                 continue
-            change = describe_change(record, request)
+            change = describe_dataset_change(record, Path(request.dataset))
         except ValidationError:  # damage, which `trainyard runs` names
             continue
         if not change:
@@ -61,32 +60,13 @@ def find_open_run(request: TrainRequest) -> str | None:
     return None
 
 
-def describe_change(record: RunRecord, request: TrainRequest) -> str:
-    """What changed in the dataset since the run read it; empty where nothing did."""
-    index = record.dataset()
-    if index is None:
-        return ""
-    changed = changed_files(index, Path(index.root))
-    if changed:
-        return f"{_name_some(changed)} changed"
-    try:
-        added = added_files(index, Path(request.dataset))
-    except TrainyardError as exc:
-        return f"the dataset changed ({exc.message})"
-    return f"{_name_some(added)} came to the dataset" if added else ""
-
-
-def _name_some(paths: list[str]) -> str:
-    return f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else paths[0]
-
-
 def run_keyed(request: TrainRequest, run_key: str, as_json: bool) -> None:
     """The run of the key. Raises PlanChanged where the key stands for another request, or for other files under the same path."""
     for record in (RunRecord(uri, run_id_of_key(run_key)) for uri in known_outputs()):
         if not record.exists():
             continue
         run = record.run()
-        change = describe_change(record, request)
+        change = describe_dataset_change(record, Path(request.dataset))
         if run.current_hash() != request_hash(request):
             change = describe_difference(run.request, request.model_dump(mode="json"))
         if change:

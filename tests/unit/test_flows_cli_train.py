@@ -16,7 +16,7 @@ from blocks.errors import PlanChanged, ServiceUnavailable
 from blocks.job import JobRef, JobState, LogBatch, TrainRequest, canonical_json
 from blocks.naming import run_id_of_key
 from blocks.profiles import load_profile
-from blocks.record import Outcome, RunRecord, request_hash
+from blocks.record import Outcome, RunRecord, describe_dataset_change, request_hash
 from flows import cli_runs, drafting, running
 from flows.requesting import add_options
 from tests.unit.test_blocks_attempts import make_plan
@@ -118,7 +118,7 @@ def test_a_run_whose_dataset_changed_is_not_attached_to(
         case "no dataset any more":
             (dataset / "data.yaml").unlink()
             shutil.rmtree(dataset / "labels")
-    assert told in running.describe_change(record, request_for_shapes)
+    assert told in describe_dataset_change(record, Path(request_for_shapes.dataset))
     assert running.find_open_run(request_for_shapes) is None
     assert "does not attach to run open1234" in capsys.readouterr().err
 

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from prefect.client.schemas.objects import StateType
 
 from blocks.attempts import Action, Step
+from blocks.driving import Driver
+from blocks.record import RunRecord
 from flows.reconcile import MOST_RESTARTS, Decision, Sight, decide
 
+reconcile = import_module("flows.reconcile")
 OPEN = Step(Action.ADOPT, 1)
 OVER = Step(Action.DONE, 1)
 MINUTE = timedelta(minutes=1)
@@ -55,3 +62,18 @@ def sight(**changes: Any) -> Sight:
 )  # fmt: skip
 def test_decide(what: str, changes: dict[str, Any], decision: Decision) -> None:
     assert decide(sight(**changes)) is decision, what
+
+
+def test_one_damaged_record_does_not_keep_the_others_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path))
+    for run_id in ("aaaa1111", "bbbb2222"):
+        record = RunRecord(str(tmp_path / "runs"), run_id)
+        record.folder.put("run.json", b"{")
+        record.folder.put(
+            "drivers/x.json", Driver(flow_run_id=str(uuid4()), host="elsewhere", pid=1, pid_created_at=1.0).model_dump_json().encode()
+        )
+    monkeypatch.setattr(reconcile, "get_client", lambda **_: nullcontext())
+    monkeypatch.setattr(reconcile, "find_flow_run", lambda *_: None)
+    monkeypatch.setattr(reconcile, "restart_unstarted", lambda _: [])
+    told = reconcile.reconcile_pass()
+    assert [line.split(":")[0] for line in told] == ["run aaaa1111", "run bbbb2222"]
