@@ -54,6 +54,12 @@ def drivers(record: RunRecord) -> list[Driver]:
     return [Driver.model_validate_json(data) for data in found if data]
 
 
+def announce(record: RunRecord, flow_run_id: str) -> None:
+    """A flow run is to work on the run and has no process yet. It writes its own object in place of this one."""
+    driver = Driver(flow_run_id=flow_run_id, deployed=True, host=socket.gethostname(), pid=0, pid_created_at=0)
+    record.folder.put(f"{DRIVERS}/{flow_run_id}.json", driver.model_dump_json(indent=1).encode())
+
+
 def forget(record: RunRecord, flow_run_id: str) -> None:
     record.folder.delete(f"{DRIVERS}/{flow_run_id}.json")
 

@@ -111,9 +111,18 @@ def claim(record: RunRecord, news: News, now: datetime) -> bool:
     name = f"{TOLD}/{news.key}.json"
     if record.folder.create(name, Telling(at=now).model_dump_json().encode()):
         return True
-    data = record.folder.get(name)
-    telling = Telling.model_validate_json(data) if data else None
+    telling = _telling(record, news)
     return telling is not None and not telling.sent and now - telling.at > CLAIM_PATIENCE
+
+
+def is_sent(record: RunRecord, news: News) -> bool:
+    telling = _telling(record, news)
+    return telling is not None and telling.sent
+
+
+def _telling(record: RunRecord, news: News) -> Telling | None:
+    data = record.folder.get(f"{TOLD}/{news.key}.json")
+    return Telling.model_validate_json(data) if data else None
 
 
 def mark_sent(record: RunRecord, news: News) -> None:

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from blocks import load_provider
 from blocks.attempts import Action, Step, cancel_run, close, next_step_of, poll_or_lost
-from blocks.driving import Driver, driven_runs, drivers, forget, is_alive
+from blocks.driving import Driver, announce, driven_runs, drivers, forget, is_alive
 from blocks.record import RunFile, RunRecord
 from flows.identity import record_of_flow_run
 from flows.telling import tell_news
@@ -85,7 +85,8 @@ def decide(sight: Sight) -> Decision:
         return Decision.FORGET
     if sight.flow_state in CANCELLING or sight.cancel_asked:
         return Decision.CANCEL
-    if sight.flow_state in WAITING or sight.flow_state_age < SETTLE:
+    patience = START_PATIENCE if sight.flow_state is StateType.PENDING else SETTLE
+    if sight.flow_state in WAITING or sight.flow_state_age < patience:
         return Decision.LEAVE
     spends = not over and not sight.submitted
     if sight.restarts < MOST_RESTARTS and not (spends and sight.driver_silent > FRESH):
@@ -118,25 +119,26 @@ def reconcile_run(client: SyncPrefectClient, record: RunRecord) -> list[str]:
     sight = look(record, run, latest, flow_run, alive=bool(alive), now=now)
     decision = decide(sight)
     done: list[str] = []
+    successor = ""
     match decision:
         case Decision.CANCEL:
             done = cancel(client, record, flow_run)
         case Decision.RESTART:
-            done = restart(client, record, run, latest, flow_run, sight)
+            done, successor = restart(client, record, run, latest, flow_run, sight)
         case Decision.TEND:
             done = tend(record, run)
         case Decision.FORGET:
             done = []
         case Decision.LEAVE:
             pass
+    told = run is None or tell_news(record, run, log)
     if decision in (Decision.FORGET, Decision.CANCEL, Decision.RESTART):
         for driver in known:
-            # One that goes on writes its own again.
-            if driver not in alive and (decision is not Decision.CANCEL or is_closed(record)):
+            # One that goes on writes its own again. The successor's object stays: its start may come to nothing.
+            if driver not in alive and driver.flow_run_id != successor and (decision is not Decision.CANCEL or is_closed(record)):
                 settle(client, driver, decision)
-                forget(record, driver.flow_run_id)
-    if run is not None:
-        tell_news(record, run, log)
+                if told or successor:  # else this run is to be looked at again
+                    forget(record, driver.flow_run_id)
     return done
 
 
@@ -195,21 +197,25 @@ def cancel(client: SyncPrefectClient, record: RunRecord, flow_run: FlowRun | Non
 
 def restart(
     client: SyncPrefectClient, record: RunRecord, run: RunFile | None, driver: Driver, flow_run: FlowRun | None, sight: Sight
-) -> list[str]:
-    """The worker runs the same flow run again; a flow run that no worker started gets one of the deployment in its place."""
+) -> tuple[list[str], str]:
+    """The worker runs the same flow run again; a flow run that no worker started gets one of the deployment in its place.
+
+    Returns what was done and the id of the flow run that goes on, empty for none.
+    """
     if flow_run is not None and flow_run.deployment_id is not None:
         reschedule(client, flow_run)
-        successor = flow_run.name
+        successor = flow_run
     elif run is not None:
         deployment = client.read_deployment_by_name(f"train/{run.provider}")
         parameters: dict[str, Any] = {**run.request, "run_id": record.run_id}
         key = f"{driver.flow_run_id}-{sight.restarts}"
-        successor = client.create_flow_run_from_deployment(deployment.id, parameters=parameters, idempotency_key=key).name
+        successor = client.create_flow_run_from_deployment(deployment.id, parameters=parameters, idempotency_key=key)
+        announce(record, str(successor.id))
     else:
-        return [f"run {record.run_id}: its command ended before it began"]
+        return [f"run {record.run_id}: its command ended before it began"], ""
     why = "the process that watched it is gone"
-    record.add_event(RESTARTED, f"{why}; flow run {successor} goes on", at=epoch_of(record))
-    return [f"run {record.run_id}: {why}; flow run {successor} goes on"]
+    record.add_event(RESTARTED, f"{why}; flow run {successor.name} goes on", at=epoch_of(record))
+    return [f"run {record.run_id}: {why}; flow run {successor.name} goes on"], str(successor.id)
 
 
 def reschedule(client: SyncPrefectClient, flow_run: FlowRun) -> None:

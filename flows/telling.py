@@ -6,10 +6,10 @@ import logging
 from typing import Any
 
 import httpx
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import PrefectException
 
-from blocks.news import News, claim, mark_sent, news_of
+from blocks.news import News, claim, is_sent, mark_sent, news_of
 from blocks.record import RunFile, RunRecord
 from flows.reporting_text import format_cost
 from trainer.contract import utc_now
@@ -42,19 +42,34 @@ def build_event(run: RunFile, news: News) -> dict[str, Any]:
     }
 
 
+def fetch_known(client: SyncPrefectClient, ids: list[str]) -> set[str]:
+    """Which of the events the server has: a teller may have died after it sent them and before it wrote that down.
+
+    The server itself drops an id that it saw in the last five minutes, but forgets those when it restarts.
+    """
+    answer = client.request("POST", "/events/filter", json={"filter": {"id": {"id": ids}}})  # type: ignore[arg-type]
+    answer.raise_for_status()
+    return {event["id"] for event in answer.json()["events"]}
+
+
 def tell_news(record: RunRecord, run: RunFile, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> bool:
-    """Sends what was not sent yet. False where the server did not take it, which the log says; the next look tries again."""
+    """Sends what was not sent yet. False where something is still to be sent, so that somebody must look again.
+
+    Either the server did not take it, which the log says, or another teller claimed it and may have died since.
+    """
     now = utc_now()
-    untold = [news for news in news_of(record, run, now) if claim(record, news, now)]
+    found = news_of(record, run, now)
+    untold = [news for news in found if claim(record, news, now)]
     if not untold:
-        return True
+        return all(is_sent(record, news) for news in found)
     try:
         with get_client(sync_client=True) as client:
-            answer = client.request("POST", "/events", json=[build_event(run, news) for news in untold])  # type: ignore[arg-type]
-            answer.raise_for_status()
+            known = fetch_known(client, [str(news.event_id(run.run_id)) for news in untold])
+            if events := [event for event in (build_event(run, news) for news in untold) if event["id"] not in known]:
+                client.request("POST", "/events", json=events).raise_for_status()  # type: ignore[arg-type]
     except (httpx.HTTPError, PrefectException, RuntimeError) as exc:
         logger.warning("Prefect did not take the news %s: %s: %s", ", ".join(news.key for news in untold), type(exc).__name__, exc)
         return False
     for news in untold:
         mark_sent(record, news)
-    return True
+    return all(is_sent(record, news) for news in found)

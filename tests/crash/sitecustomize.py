@@ -1,7 +1,8 @@
 """Kills processes at an exact moment of a flow: before or after a named step, once.
 
-Python imports this at start where its folder is on PYTHONPATH; it does nothing but in a flow's process, and
+Python imports this at start where its folder is on PYTHONPATH; it kills only in a flow's process, and
 there only when the file $TRAINYARD_CRASH_PLAN names a moment: {"moment": "before submit", "victims": ["flow"]}.
+While a file `mute` lies beside the plan, no process passes a cancel on to the job.
 """
 
 from __future__ import annotations
@@ -33,11 +34,15 @@ STEPS = {
     "collect": ("blocks.provider", "Provider", "collect"),
     "outcome": ("blocks.record", "RunRecord", "write_outcome"),
     "report": ("flows.reporting", "", "publish_report"),
+    "mark": ("blocks.news", "", "mark_sent"),
 }
+CANCEL = ("blocks.providers.local_process", "LocalProvider", "cancel")
 POLLS_FIRST = 6  # the job trains by then
 
 
 def crash_at(moment: str) -> None:
+    if not IN_FLOW:
+        return
     try:
         plan = json.loads(PLAN.read_text())
         if plan["moment"] != moment:
@@ -96,7 +101,17 @@ def wrapped(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def mutable(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return None if PLAN.with_name("mute").exists() else function(*args, **kwargs)
+
+    return call
+
+
 def patch(module: ModuleType) -> None:
+    if module.__name__ == CANCEL[0]:
+        setattr(getattr(module, CANCEL[1]), CANCEL[2], mutable(getattr(getattr(module, CANCEL[1]), CANCEL[2])))
     for step, (name, owner, function) in STEPS.items():
         if name == module.__name__:
             place = getattr(module, owner) if owner else module
@@ -122,5 +137,7 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if "PREFECT__FLOW_RUN_ID" in os.environ and "TRAINYARD_SUPERVISOR_PID" not in os.environ and "-m trainer" not in " ".join(sys.orig_argv):
+IN_TRAINER = "TRAINYARD_SUPERVISOR_PID" in os.environ or "-m trainer" in " ".join(sys.orig_argv)
+IN_FLOW = "PREFECT__FLOW_RUN_ID" in os.environ and not IN_TRAINER
+if "TRAINYARD_CRASH_PLAN" in os.environ and not IN_TRAINER:
     sys.meta_path.insert(0, Finder())

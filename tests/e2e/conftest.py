@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.stack import Stack, running_stack
+from tests.yard import yard, yard_shapes
+
+__all__ = ["shapes", "stack", "worker", "yard", "yard_shapes"]
 
 
 @pytest.fixture(scope="session")

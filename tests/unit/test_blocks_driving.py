@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from blocks.driving import SILENCE_ALLOWED, Driver, driven_runs, drivers, driving, is_alive
+from blocks.driving import SILENCE_ALLOWED, Driver, announce, driven_runs, drivers, driving, is_alive
 from blocks.errors import ServiceUnavailable
 from blocks.record import RunRecord
 from tests.unit.test_blocks_attempts import make_plan
@@ -57,3 +57,9 @@ def test_life_is_the_process_on_this_host_and_the_last_word_elsewhere() -> None:
     there = Driver(flow_run_id="f", host="elsewhere", pid=1, pid_created_at=1.0, seen_at=now)
     assert is_alive(there, now + SILENCE_ALLOWED / 2)
     assert not is_alive(there, now + SILENCE_ALLOWED * 2)
+
+
+def test_an_announced_flow_run_has_no_process_yet(record: RunRecord) -> None:
+    announce(record, "flow-2")
+    [driver] = drivers(record)
+    assert (driver.flow_run_id, is_alive(driver, utc_now())) == ("flow-2", False)

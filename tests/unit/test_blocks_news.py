@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from blocks.job import FailureReason, JobState, JobStatus
 from blocks.news import CLAIM_PATIENCE, STOP_PATIENCE, claim, mark_sent, news_of
 from blocks.record import CancelRequest, Outcome, RunRecord
+from flows.telling import tell_news
 from tests.unit.test_blocks_attempts import make_plan
 from tests.unit.test_blocks_record import run_file
 from trainer.contract import utc_now
@@ -67,3 +69,12 @@ def test_a_piece_of_news_is_sent_once_whoever_looks(record: RunRecord) -> None:
     assert news.event_id("news1234") == news_of(record, record.run(), utc_now())[0].event_id("news1234")
     mark_sent(record, news)
     assert not claim(record, news, now + CLAIM_PATIENCE * 2)
+
+
+def test_news_that_another_has_claimed_and_not_sent_keeps_the_run_looked_at(record: RunRecord) -> None:
+    record.write_outcome(1, Outcome(state=JobState.SUCCEEDED))
+    [news] = news_of(record, record.run(), utc_now())
+    assert claim(record, news, utc_now())
+    assert not tell_news(record, record.run(), logging.getLogger()), "the claimer may have died"
+    mark_sent(record, news)
+    assert tell_news(record, record.run(), logging.getLogger())

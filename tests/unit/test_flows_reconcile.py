@@ -44,6 +44,8 @@ def sight(**changes: Any) -> Sight:
         ("the flow crashed", {}, Decision.RESTART),
         ("flow and worker were killed: a zombie", {"flow_state": StateType.RUNNING}, Decision.RESTART),
         ("the second report of the crash may be under way", {"flow_state_age": timedelta(seconds=5)}, Decision.LEAVE),
+        ("its process is starting", {"flow_state": StateType.PENDING, "flow_state_age": timedelta(seconds=30)}, Decision.LEAVE),
+        ("its process never started", {"flow_state": StateType.PENDING, "flow_state_age": 2 * MINUTE}, Decision.RESTART),
         ("it waits for a worker", {"flow_state": StateType.SCHEDULED}, Decision.LEAVE),
         ("the provider did not answer for long", {"flow_state": StateType.FAILED}, Decision.RESTART),
         ("Prefect's database was wiped", {"flow_state": None}, Decision.RESTART),
