@@ -62,7 +62,7 @@ def test_a_stall_is_told_once(yard: Yard, yard_shapes: Path) -> None:
     wait_for("the flow dies, and the server forgets what it has seen", yard.fired, 60)
     wait_for("somebody goes on", lambda: is_watched(folder), 120)
     time.sleep(AGAIN_SECONDS)
-    assert is_told(folder, "stalled-1-no-step")
+    assert is_told(folder, "stalled-1-silent")
     assert yard.told(folder.name, "stalled") == 1
     fit.send_signal(signal.SIGCONT)
     wait_for("the run is over in Prefect", lambda: yard.state(flow_run_id) == "COMPLETED", 180)
