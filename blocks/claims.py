@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from blocks.driving import Driver, is_alive
 from blocks.errors import ServiceUnavailable
 from blocks.naming import short_hash
-from blocks.record import home, known_outputs
+from blocks.places import home
+from blocks.record import known_outputs
 from trainer.contract import RunLayout, StoredRecord, utc_now
 from trainer.files import write_json
 from trainer.locks import try_lock

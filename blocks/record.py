@@ -7,7 +7,6 @@ the loser reads the winner's.
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Mapping
 from datetime import datetime
@@ -18,7 +17,8 @@ from pydantic import AwareDatetime, Field, JsonValue, ValidationError
 
 from blocks.errors import ConfigError, PlanChanged, RunNotFound
 from blocks.job import FailureReason, JobRef, JobState, JobStatus, Plan, Result, TrainRequest, WatchPolicy, fingerprint
-from trainer.contract import ENV_HOME, STORED, AttemptLayout, DatasetRef, RunLayout, StoredRecord, TrainyardError, utc_now
+from blocks.places import home
+from trainer.contract import STORED, AttemptLayout, DatasetRef, RunLayout, StoredRecord, TrainyardError, utc_now
 from trainer.dataset import DatasetIndex, added_files, changed_files
 from trainer.storage import ObjectFolder, to_path, to_uri
 
@@ -216,11 +216,6 @@ class RunRecord:
 
 
 # --- Which runs there are --------------------------------------------------------------------------
-
-
-def home() -> Path:
-    """Where this machine keeps runs, caches and locks: $TRAINYARD_HOME, else ~/trainyard."""
-    return Path(os.environ.get(ENV_HOME) or "~/trainyard").expanduser().absolute()
 
 
 def default_output_uri() -> str:

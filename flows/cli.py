@@ -24,7 +24,7 @@ COMMANDS = {
     "logs": ("flows.cli_runs", "Print the log of a run."),
     "cancel": ("flows.cli_runs", "Stop a run and wait for proof."),
     "resume": ("flows.cli_train", "Go on from the checkpoint of a run that failed or was stopped."),
-    "dataset": ("flows.cli_dataset", "Check a dataset before training."),
+    "dataset": ("flows.cli_dataset", "Check a dataset; stage it to a store, fetch it, list what a store has."),
     "up": ("flows.cli_server", "Keep a Prefect server and a worker running here, with UI."),
     "down": ("flows.cli_server", "Stop what `trainyard up` keeps running."),
     "install": ("flows.cli_server", "Put what Trainyard needs on your own Prefect server."),

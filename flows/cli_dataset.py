@@ -1,27 +1,30 @@
-"""`trainyard dataset check`: what a training would see, and what it would leave out."""
+"""`trainyard dataset`: its commands on a store, and `check`: what a training would see, and what it would leave out."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import ValidationError
 
-from blocks.errors import ConfigError
-from blocks.provider import describe_validation
-from flows.display import print_table
-from flows.reporting_text import problem_line
+from flows.cli_store import fetch, list_command, show, stage, verify
 from trainer.contract import SplitConfig, Task
-from trainer.dataset import DatasetIndex, check_dataset
+
+if TYPE_CHECKING:
+    from trainer.dataset import DatasetIndex
 
 SPLITS = ("train", "val", "test")
 
 
 @click.group()
 def dataset() -> None:
-    """Check a dataset before training."""
+    """Check a dataset before training; stage it to a store, fetch it from there."""
+
+
+for command in (stage, fetch, verify, list_command, show):
+    dataset.add_command(command)
 
 
 @dataset.command()
@@ -34,6 +37,12 @@ def dataset() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def check(path: str, task: str, split_by: str | None, max_problem_share: float, as_json: bool) -> None:
     """Read the dataset at PATH (YOLO, COCO JSON or Pascal VOC), list its problems, refuse it where a training would."""
+    from blocks.errors import ConfigError
+    from blocks.provider import describe_validation
+    from flows.display import print_table
+    from flows.reporting_text import problem_line
+    from trainer.dataset import check_dataset
+
     try:
         split = SplitConfig(by=split_by)
     except ValidationError as exc:

@@ -108,8 +108,8 @@ def resume(run: str, as_json: bool) -> None:
 @click.option("--epochs", default="15", show_default=True, help="Passes over the training split.")
 def demo(as_json: bool, epochs: str) -> None:
     """Train a small detector on a synthetic set of shapes: about three minutes on two cores, no account, no GPU, no download."""
+    from blocks.places import home
     from blocks.provider import describe_validation
-    from blocks.record import home
     from flows.running import run_claimed
     from trainer.shapes import write_shapes
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from blocks.errors import AuthError, ConfigError, ServiceUnavailable
-from blocks.record import home
+from blocks.places import home
 from trainer.locks import is_held
 
 DEFAULTS = {

@@ -49,6 +49,9 @@ MODEL_KEY = "trained-model"
 
 # Epochs of a tenth of a second are not told one by one.
 TELL_SECONDS = 2.0
+# What telling costs the machine, which may be the one that trains, stays below this share of the time.
+TELL_SHARE = 0.03
+MOST_TELL_SECONDS = 30.0
 
 
 @contextmanager
@@ -91,7 +94,7 @@ def run_page(flow_run_id: UUID | str) -> Generator[RunPage]:
 
 
 class ProgressReporter:
-    """Tells Prefect on every change of state and of the epoch, at most every few seconds."""
+    """Tells Prefect on every change of state and of the epoch, at most every few seconds, and less often where Prefect is slow."""
 
     def __init__(self, record: RunRecord, logger: Logger) -> None:
         self.record = record
@@ -99,6 +102,7 @@ class ProgressReporter:
         self.logged: tuple[JobState, str, int] | None = None
         self.told: tuple[JobState, str, int] | None = None
         self.told_at = 0.0
+        self.pause = TELL_SECONDS
 
     def report(self, status: JobStatus) -> None:
         epoch = status.progress.epoch if status.progress else 0
@@ -107,11 +111,12 @@ class ProgressReporter:
             self.logged = now
             self.logger.info(describe_status(status))
         same_state = self.told is not None and self.told[:2] == now[:2]
-        if now == self.told or (same_state and time.monotonic() - self.told_at < TELL_SECONDS):
+        if now == self.told or (same_state and time.monotonic() - self.told_at < self.pause):
             return
         self.told, self.told_at = now, time.monotonic()
         with best_effort(self.logger):
             self._publish(status)
+        self.pause = min(MOST_TELL_SECONDS, max(TELL_SECONDS, (time.monotonic() - self.told_at) / TELL_SHARE))
 
     def _publish(self, status: JobStatus) -> None:
         run, epochs = self.record.run(), read_epochs(self.record)

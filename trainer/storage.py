@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from urllib.parse import unquote, urlsplit
 
 from trainer.contract import ExitCode, TrainerError
 from trainer.files import DISK_FULL, disk_full_error
 
 if TYPE_CHECKING:
-    from obstore.store import LocalStore
+    from obstore import ObjectMeta
+    from obstore.store import LocalStore, ObjectStore
+
+REMOTE_SCHEMES = ("s3", "gs", "az")
+ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
+RETRY_FOR = timedelta(minutes=3)  # a signed request is good for five
 
 
 def to_uri(location: str | Path) -> str:
@@ -37,6 +44,57 @@ def to_path(uri: str) -> Path:
             code=ExitCode.CONFIG,
         )
     return Path(unquote(parts.path) if parts.scheme else uri)
+
+
+def open_store(uri: str) -> ObjectStore:
+    """The store below a URI: ``file:// s3:// gs:// az://``, or a local path.
+
+    Credentials and endpoint come from the environment, by the names that each cloud's own tools read
+    (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ``AZURE_STORAGE_ACCOUNT_NAME`` ...), or are the machine's identity.
+    Raises TrainerError (CONFIG) for another scheme.
+    """
+    from obstore.store import from_url
+
+    scheme = urlsplit(uri).scheme
+    if scheme in ("", "file"):
+        ObjectFolder(uri).make_root()
+        return _store(to_uri(uri))
+    if scheme not in REMOTE_SCHEMES:
+        raise TrainerError(f"{uri!r} is no object store", hint="use s3://, az://, gs://, file:// or a folder", code=ExitCode.CONFIG)
+    # Plain HTTP only where somebody has named such an endpoint, as for a store in the same network.
+    plain = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)
+    return from_url(uri, client_options={"allow_http": plain}, retry_config={"max_retries": 10, "retry_timeout": RETRY_FOR})
+
+
+def list_paths(store: ObjectStore, prefix: str) -> Iterator[str]:
+    """Names of all objects below a prefix; a request per 1,000 of them."""
+    import obstore
+
+    pages = cast("Iterable[Sequence[ObjectMeta]]", obstore.list(store, prefix, chunk_size=1000))
+    return (meta["path"] for page in pages for meta in page)
+
+
+@contextlib.contextmanager
+def told_plainly(uri: str) -> Iterator[None]:
+    """obstore's errors as a TrainerError: PERMISSION for a refused identity, NOT_FOUND, else UNAVAILABLE."""
+    from obstore import exceptions
+
+    try:
+        yield
+    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as exc:
+        hint = "check the credentials in the environment and what they may do on this bucket"
+        raise TrainerError(f"{uri}: access denied", hint=hint, code=ExitCode.PERMISSION) from exc
+    except FileNotFoundError as exc:
+        raise TrainerError(f"{uri}: not found", hint="check bucket and name", code=ExitCode.NOT_FOUND) from exc
+    except exceptions.BaseError as exc:
+        # The first paragraph is for people; what went wrong stands at its end. There is no code to go by.
+        text = " ".join(str(exc).split("\n\n", maxsplit=1)[0].split())
+        if "404 Not Found" in text:
+            raise TrainerError(
+                f"{uri}: there is no such bucket or container", hint="create it, or correct the URI", code=ExitCode.NOT_FOUND
+            ) from exc
+        said = text.rpartition(" - ")[2][:300]
+        raise TrainerError(f"{uri}: {said}", hint="check the network, the endpoint and the credentials", code=ExitCode.UNAVAILABLE) from exc
 
 
 @lru_cache(maxsize=64)
@@ -74,7 +132,7 @@ class ObjectFolder:
     def put(self, name: str, data: bytes) -> None:
         import obstore
 
-        self._make_root()
+        self.make_root()
         with self._full_disk_told(name, data):
             obstore.put(_store(self.uri), name, data)
 
@@ -83,7 +141,7 @@ class ObjectFolder:
         import obstore
         from obstore.exceptions import AlreadyExistsError
 
-        self._make_root()
+        self.make_root()
         try:
             with self._full_disk_told(name, data):
                 obstore.put(_store(self.uri), name, data, mode="create")
@@ -118,7 +176,7 @@ class ObjectFolder:
                 raise
             raise disk_full_error(to_path(self.uri) / name, number, len(data)) from exc
 
-    def _make_root(self) -> None:
+    def make_root(self) -> None:
         try:
             to_path(self.uri).mkdir(parents=True, exist_ok=True)
         except OSError as exc:

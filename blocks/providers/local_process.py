@@ -38,8 +38,8 @@ from blocks.job import (
     Problem,
 )
 from blocks.naming import job_name
+from blocks.places import home
 from blocks.provider import AlreadyExists, Provider
-from blocks.record import home
 from trainer.contract import AttemptLayout, ExitRecord, JobFile, Phase, Progress, TrainJob, UserInput, utc_now
 from trainer.files import read_json, write_json
 from trainer.locks import is_held

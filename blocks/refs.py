@@ -1,0 +1,135 @@
+"""The newest version of each dataset of a store: one small object, moved by compare-and-swap after all that it names."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from typing import TYPE_CHECKING
+
+from pydantic import AwareDatetime, Field, ValidationError
+
+from trainer.contract import ExitCode, StoredRecord, TrainerError, utc_now
+from trainer.locks import try_lock
+from trainer.storage import list_paths, to_path
+
+if TYPE_CHECKING:
+    from obstore import UpdateVersion
+    from obstore.store import ObjectStore
+
+KEPT_VERSIONS = 10
+TRIES = 10
+NAME = re.compile(r"[\w][\w .+-]{0,99}")
+
+
+class Ref(StoredRecord):
+    """``refs/<name>.json``. ``previous`` are the versions before it, newest first: a run may be at work on one."""
+
+    version: str
+    files: int
+    bytes: int
+    depth: int = 0
+    updated_at: AwareDatetime = Field(default_factory=utc_now)
+    previous: tuple[str, ...] = ()
+
+
+def ref_key(name: str) -> str:
+    """Raises TrainerError (CONFIG) for a name that is no plain file name."""
+    if not NAME.fullmatch(name):
+        raise TrainerError(f"{name!r} is no name of a dataset", hint="use letters, digits, . _ + - and spaces", code=ExitCode.CONFIG)
+    return f"refs/{name}.json"
+
+
+def read_ref(store: ObjectStore, uri: str, name: str) -> tuple[Ref | None, UpdateVersion | None]:
+    """The ref, and what tells this state of it from the next. Raises TrainerError (DATA) for a damaged one."""
+    import obstore
+
+    try:
+        answer = obstore.get(store, ref_key(name))
+        data = bytes(answer.bytes())
+    except FileNotFoundError:
+        return None, None
+    try:
+        ref = Ref.model_validate_json(data)
+    except ValidationError as exc:
+        hint = "delete that object and stage again: its packs are found again"
+        raise TrainerError(f"{uri}/{ref_key(name)} is damaged", hint=hint, code=ExitCode.DATA) from exc
+    tag: UpdateVersion = {"e_tag": answer.meta["e_tag"]}
+    if answer.meta["version"] is not None:
+        tag["version"] = answer.meta["version"]
+    return ref, tag
+
+
+def move_ref(store: ObjectStore, uri: str, name: str, newest: Ref, tag: UpdateVersion | None) -> None:
+    """Makes `newest` the dataset's version. Of two stagers at once the later one wins; the other's version stays, named by its hash."""
+    for _ in range(TRIES):
+        stored, tag = read_ref(store, uri, name)
+        if stored is not None and stored.version == newest.version:
+            return  # also where our own answer was lost
+        before = (stored.version, *stored.previous) if stored else ()
+        previous = tuple(version for version in before if version != newest.version)[:KEPT_VERSIONS]
+        if _swap(store, uri, ref_key(name), newest.model_copy(update={"previous": previous}), tag):
+            return
+        time.sleep(0.1)
+    raise TrainerError(f"{uri}: others move the ref of {name!r} all the time", hint="stage again", code=ExitCode.UNAVAILABLE)
+
+
+def _swap(store: ObjectStore, uri: str, key: str, ref: Ref, tag: UpdateVersion | None) -> bool:
+    import obstore
+    from obstore.exceptions import AlreadyExistsError, PreconditionError
+    from obstore.store import LocalStore
+
+    data = ref.model_dump_json(indent=1).encode()
+    if isinstance(store, LocalStore):
+        return _swap_locally(store, uri, key, data, tag)
+    try:
+        obstore.put(store, key, data, mode="create" if tag is None else tag)
+    except (AlreadyExistsError, PreconditionError):
+        return False
+    return True
+
+
+def _swap_locally(store: ObjectStore, uri: str, key: str, data: bytes, tag: UpdateVersion | None) -> bool:
+    """A folder knows no conditional write; a lock beside the ref stands in, for all who share the folder's file system."""
+    import obstore
+
+    lock = try_lock(to_path(uri) / f"{key}.lock")
+    if lock is None:
+        return False
+    try:
+        try:
+            found = obstore.head(store, key)["e_tag"]
+        except FileNotFoundError:
+            found = None
+        if found != (tag or {}).get("e_tag"):
+            return False
+        obstore.put(store, key, data)
+        return True
+    finally:
+        os.close(lock)
+
+
+def list_refs(store: ObjectStore, uri: str) -> dict[str, Ref]:
+    paths = list_paths(store, "refs")
+    names = sorted(path.removeprefix("refs/").removesuffix(".json") for path in paths if path.endswith(".json"))
+    found = {name: read_ref(store, uri, name)[0] for name in names}
+    return {name: ref for name, ref in found.items() if ref is not None}
+
+
+def resolve_version(store: ObjectStore, uri: str, wanted: str) -> str:
+    """The version that a dataset's name, a version or the beginning of one means.
+
+    Raises TrainerError: NOT_FOUND for none, CONFIG for more than one.
+    """
+    if NAME.fullmatch(wanted):
+        ref, _ = read_ref(store, uri, wanted)
+        if ref is not None:
+            return ref.version
+    found = {path.removeprefix("manifests/").split(".")[0] for path in list_paths(store, "manifests")}
+    matching = sorted(version for version in found if version.startswith(wanted.lower()))
+    hint = f"trainyard dataset list --store {uri}"
+    if not matching or len(wanted) < 4:
+        raise TrainerError(f"{uri} has no dataset or version {wanted!r}", hint=hint, code=ExitCode.NOT_FOUND)
+    if len(matching) > 1:
+        raise TrainerError(f"{wanted!r} is the beginning of {len(matching)} versions", hint="give more of it", code=ExitCode.CONFIG)
+    return matching[0]

@@ -1,0 +1,108 @@
+"""The files of a dataset folder, in the order of their paths: what is staged, and what never is."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer.contract import ExitCode, TrainerError
+from trainer.packs import check_path
+
+IGNORE_FILE = ".trainyardignore"
+# Version control, caches, environments, and what desktops leave behind.
+EXCLUDED = frozenset(
+    {".git", ".hg", ".svn", ".dvc", "__pycache__", "node_modules", ".venv", ".tox", ".nox", ".ipynb_checkpoints", ".cache"}
+    | {".pytest_cache", ".mypy_cache", ".ruff_cache", ".trainyard", ".DS_Store", "Thumbs.db", "desktop.ini"}
+)
+ENVIRONMENT = "pyvenv.cfg"  # in the folder of every virtual environment
+EXCLUDED_SUFFIXES = (".cache",)  # Ultralytics writes labels.cache beside the labels
+
+
+class Stat(NamedTuple):
+    """What tells that a file is unchanged. Times in nanoseconds."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
+def stat_of(result: os.stat_result) -> Stat:
+    return Stat(result.st_size, result.st_mtime_ns, result.st_ctime_ns, result.st_ino)
+
+
+@dataclass
+class Scan:
+    """One walk over a folder. ``left_out`` counts what was not followed or is no file, with an example of each kind."""
+
+    root: Path
+    left_out: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
+
+    def files(self) -> Iterator[tuple[str, Stat]]:
+        """Relative POSIX paths, sorted by code point, which is also the order of their UTF-8 bytes.
+
+        Raises TrainerError: NOT_FOUND for no folder, DATA for a name that no manifest can hold, PERMISSION.
+        """
+        if not self.root.is_dir():
+            raise TrainerError(f"{self.root} is not a folder", hint="give the folder of the dataset", code=ExitCode.NOT_FOUND)
+        self._real = os.path.realpath(self.root)
+        self._ignored = _read_ignored(self.root)
+        yield from self._below(str(self.root), "")
+
+    def _below(self, folder: str, prefix: str) -> Iterator[tuple[str, Stat]]:
+        names: list[str] = []
+        try:
+            with os.scandir(folder) as entries:
+                # The slash sorts a folder where the paths of its files belong.
+                names.extend(entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name for entry in entries)
+        except PermissionError as exc:
+            raise TrainerError(f"cannot read the folder {folder}", hint="mend its permissions", code=ExitCode.PERMISSION) from exc
+        if ENVIRONMENT in names:
+            return
+        names.sort()
+        for name in names:
+            bare = name.removesuffix("/")
+            path = prefix + name
+            if bare in EXCLUDED or name.endswith(EXCLUDED_SUFFIXES) or (self._ignored and self._ignored(path)):
+                continue
+            if name.endswith("/"):
+                yield from self._below(f"{folder}/{bare}", path)
+            elif found := self._look(f"{folder}/{name}", path):
+                yield path, found
+
+    def _look(self, full: str, path: str) -> Stat | None:
+        try:
+            check_path(path)
+        except ValueError as exc:
+            raise TrainerError(f"{full!r}: {exc}", hint="rename the file; names are UTF-8 text", code=ExitCode.DATA) from exc
+        result = os.lstat(full)
+        if stat.S_ISLNK(result.st_mode):
+            target = os.path.realpath(full)
+            inside = target.startswith(self._real + os.sep)
+            if not inside or not os.path.isfile(target):  # noqa: PTH113 - hot
+                return self._leave_out("links out of the folder or to folders", path)
+            result = os.stat(full)  # noqa: PTH116 - hot
+        if not stat.S_ISREG(result.st_mode):
+            return self._leave_out("neither file nor folder", path)
+        return stat_of(result)
+
+    def _leave_out(self, kind: str, path: str) -> None:
+        count, example = self.left_out.get(kind, (0, path))
+        self.left_out[kind] = (count + 1, example)
+
+
+def _read_ignored(root: Path) -> Callable[[str], bool] | None:
+    """What ``.trainyardignore`` names, by the rules of ``.gitignore``."""
+    try:
+        lines = (root / IGNORE_FILE).read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as exc:
+        raise TrainerError(f"{root / IGNORE_FILE} is not UTF-8 text", hint="mend the file", code=ExitCode.DATA) from exc
+    from pathspec import GitIgnoreSpec
+
+    return GitIgnoreSpec.from_lines(lines).match_file

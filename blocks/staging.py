@@ -1,0 +1,362 @@
+"""Stages a folder into a store: what the store has is not sent, what is small travels in packs, and the ref moves last.
+
+Objects are written in the order packs, manifest, ref, so a crash at any point leaves the version before it usable,
+and the next stage goes on with what arrived. Two stagers at once do no harm: the same content is the same object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from blocks.refs import Ref, move_ref, read_ref
+from blocks.scanning import Scan, Stat, stat_of
+from blocks.stat_cache import StatCache
+from trainer.contract import ExitCode, TrainerError
+from trainer.fetching import read_version
+from trainer.packs import (
+    BLOCK,
+    END,
+    ManifestHeader,
+    VersionHash,
+    file_key,
+    manifest_key,
+    pack_id,
+    pack_key,
+    padding,
+    tar_header,
+    write_manifest,
+)
+from trainer.storage import list_paths, open_store, to_uri, told_plainly
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+PACK_BYTES = 16 * 2**20
+LARGE_BYTES = 2**20  # larger files are objects of their own
+MEMORY_BYTES = 16 * 2**20  # larger ones still are hashed first, and sent from the file
+READ_FILES = 64
+READ_BYTES = 2**20
+READERS = 8
+AHEAD_BYTES = 64 * 2**20  # read and not yet packed
+SENDERS = 8
+FLYING_BYTES = 64 * 2**20  # handed to the senders and not yet in the store
+MAX_DEPTH = 8  # manifests that say only what differs, before one says all again
+MAX_SHARE = 0.25  # of the files; where more differs, the manifest says all again
+
+
+class Read(NamedTuple):
+    path: str
+    stat: Stat
+    digest: bytes
+    content: bytes | None  # None: too large to hold
+
+
+@dataclass
+class Counts:
+    """For whoever watches: files and bytes looked at for their content, and what of it was sent."""
+
+    changed_files: int = 0
+    sent_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Staged:
+    """``sent_bytes`` are those of packs, large files and the manifest."""
+
+    name: str
+    version: str
+    store_uri: str
+    files: int
+    bytes: int
+    changed_files: int
+    sent_bytes: int
+    seconds: float
+    left_out: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
+
+
+@dataclass
+class Pack:
+    """A pack that fills. ``id`` is known once it is full."""
+
+    chunks: list[bytes] = field(default_factory=list[bytes])
+    digests: list[tuple[bytes, int]] = field(default_factory=list[tuple[bytes, int]])
+    offsets: list[int] = field(default_factory=list[int])
+    size: int = 0
+
+    def add(self, digest: bytes, content: bytes) -> None:
+        pad = padding(len(content))
+        self.chunks += (tar_header(digest, len(content)), content, pad)
+        self.digests.append((digest, len(content)))
+        self.offsets.append(self.size + BLOCK)
+        self.size += BLOCK + len(content) + len(pad)
+
+
+def stage_folder(root: Path, store_uri: str, name: str | None = None, on_progress: Callable[[Counts], None] | None = None) -> Staged:
+    """Makes the folder's files the newest version of the dataset `name` (default: the folder's name) in the store.
+
+    Raises TrainerError: NOT_FOUND, PERMISSION, DATA (names; a file that changes while it is read), UNAVAILABLE.
+    """
+    started = time.monotonic()
+    root, store_uri = root.absolute(), to_uri(store_uri)
+    name = name or root.name or "dataset"
+    cache = StatCache(root, store_uri, name)
+    try:
+        with told_plainly(store_uri):
+            stager = _Stager(root, open_store(store_uri), store_uri, name, cache, on_progress)
+            ref, scan = stager.run()
+    finally:
+        cache.close()
+    counts = stager.counts
+    seconds = time.monotonic() - started
+    return Staged(name, ref.version, store_uri, ref.files, ref.bytes, counts.changed_files, counts.sent_bytes, seconds, scan.left_out)
+
+
+class _Stager:
+    def __init__(
+        self, root: Path, store: ObjectStore, uri: str, name: str, cache: StatCache, on_progress: Callable[[Counts], None] | None
+    ) -> None:
+        self.root, self.store, self.uri, self.name, self.cache = root, store, uri, name, cache
+        self.on_progress = on_progress
+        self.counts = Counts()
+        self.pack = Pack()
+        self.pending: set[bytes] = set()  # on its way to the store
+        self.flying: deque[tuple[Future[None], int, list[tuple[bytes, str, int]]]] = deque()
+        self.readers = ThreadPoolExecutor(READERS)
+        self.senders = ThreadPoolExecutor(SENDERS)
+
+    def run(self) -> tuple[Ref, Scan]:
+        scan = Scan(self.root)
+        ref, tag = read_ref(self.store, self.uri, self.name)
+        base = self._trust(ref)
+        changed = self._send(self.cache.changes(scan.files(), distrust=not base))
+        if ref is not None and base and not changed:
+            return ref, scan
+        newest = self._write_manifest(base)
+        if ref is not None and newest.version == ref.version == base:  # files were written anew with the same content
+            self.cache.commit(ref.version, ref.depth)
+            return ref, scan
+        move_ref(self.store, self.uri, self.name, newest, tag)
+        self.cache.commit(newest.version, newest.depth)
+        return newest, scan
+
+    def _trust(self, ref: Ref | None) -> str:
+        """The version to write the difference to. Empty where the store is not as this cache left it; then it is asked what it has."""
+        if ref is not None and ref.version == self.cache.get("version") and not self.cache.get("dirty"):
+            return ref.version
+        self.cache.set("dirty", "1")
+        self.cache.keep_placed(list_objects(self.store))
+        if ref is not None:
+            _, files = read_version(self.store, ref.version)
+            self.cache.writer.execute("BEGIN")
+            self.cache.add_placed((file.sha256, file.pack, file.offset) for file in files)
+            self.cache.writer.execute("COMMIT")
+        return ""
+
+    # --- What changed ---
+
+    def _send(self, changes: Iterator[tuple[str, Stat | None, bytes | None]]) -> bool:
+        """Reads what is new and sends what the store lacks. Whether anything was new."""
+        began = False
+        try:
+            for found in self._read(changes):
+                if not began:
+                    began = True
+                    self.cache.set("dirty", "1")  # until the ref has moved
+                    self.cache.writer.execute("BEGIN")
+                self._take(found)
+            if began:
+                self._close_pack()
+                self._settle(0)
+                self.cache.writer.execute("COMMIT")
+        finally:
+            self.readers.shutdown(cancel_futures=True)
+            self.senders.shutdown(cancel_futures=True)
+        return began
+
+    def _read(self, changes: Iterator[tuple[str, Stat | None, bytes | None]]) -> Iterator[list[Read] | str]:
+        """Batches of files that threads read ahead; a bare path for one that is gone."""
+        ahead: deque[tuple[Future[list[Read]] | str, int]] = deque()
+        waiting = 0
+        for batch, size in batches(changes):
+            ahead.append((batch if isinstance(batch, str) else self.readers.submit(read_files, self.root, batch), size))
+            waiting += size
+            while waiting > AHEAD_BYTES or len(ahead) > 4 * READERS:
+                first, size_of_first = ahead.popleft()
+                waiting -= size_of_first
+                yield first if isinstance(first, str) else first.result()
+        for first, _ in ahead:
+            yield first if isinstance(first, str) else first.result()
+
+    def _take(self, found: list[Read] | str) -> None:
+        if isinstance(found, str):
+            self.cache.remove(found)
+            return
+        for read in found:
+            self.counts.changed_files += 1
+            if read.digest in self.pending or self.cache.find_placed(read.digest) is not None:
+                continue
+            self.pending.add(read.digest)
+            if read.stat.size > LARGE_BYTES:
+                source = self.root / read.path if read.content is None else read.content
+                self._submit(file_key(read.digest), source, read.stat.size, [(read.digest, "", 0)])
+            else:
+                self.pack.add(read.digest, read.content or b"")
+                if self.pack.size >= PACK_BYTES:
+                    self._close_pack()
+        self.cache.add_seen((read.path, read.stat, read.digest) for read in found)
+        if self.on_progress:
+            self.on_progress(self.counts)
+
+    def _close_pack(self) -> None:
+        pack, self.pack = self.pack, Pack()
+        if pack.digests:
+            name = pack_id(pack.digests)
+            rows = [(digest, name, offset) for (digest, _), offset in zip(pack.digests, pack.offsets, strict=True)]
+            self._submit(pack_key(name), b"".join((*pack.chunks, END)), pack.size + len(END), rows)
+
+    def _submit(self, key: str, source: bytes | Path, size: int, rows: list[tuple[bytes, str, int]]) -> None:
+        self._settle(max(0, FLYING_BYTES - size))
+        self.flying.append((self.senders.submit(put_object, self.store, key, source), size, rows))
+
+    def _settle(self, most: int) -> None:
+        """Waits until at most so many bytes are under way, and remembers where what has arrived lies."""
+        while self.flying and (self.flying[0][0].done() or sum(size for _, size, _ in self.flying) > most):
+            future, size, rows = self.flying.popleft()
+            future.result()
+            self.counts.sent_bytes += size
+            self.cache.add_placed(rows)
+            self.pending.difference_update(digest for digest, _, _ in rows)
+            # A stage that is cut here goes on from here.
+            self.cache.writer.execute("COMMIT")
+            self.cache.writer.execute("BEGIN")
+
+    # --- The commit ---
+
+    def _write_manifest(self, base: str) -> Ref:
+        import obstore
+
+        total = VersionHash()
+        for path, digest, size in self.cache.files():
+            total.add(path, digest, size)
+        version = total.hexdigest()
+        if not total.files:
+            raise TrainerError(f"{self.root} has no files to stage", hint="check the folder and .trainyardignore", code=ExitCode.DATA)
+        if version == base:
+            return Ref(version=version, files=total.files, bytes=total.bytes)
+        found = self._find_manifest(version)
+        if isinstance(found, Ref):
+            return found
+        depth = int(self.cache.get("depth") or 0) + 1
+        difference = bool(base) and found == "none" and depth <= MAX_DEPTH and self.cache.count_difference() < MAX_SHARE * total.files
+        header = ManifestHeader(
+            version=version,
+            base=base if difference else None,
+            depth=depth if difference else 0,
+            files=total.files,
+            bytes=total.bytes,
+            packs=tuple(self.cache.packs(difference=difference)),
+        )
+        out = io.BytesIO()
+        write_manifest(out, header, self.cache.lines(difference=difference))
+        data = out.getvalue()
+        obstore.put(self.store, manifest_key(version), data)
+        self.counts.sent_bytes += len(data)
+        return Ref(version=version, files=total.files, bytes=total.bytes, depth=header.depth)
+
+    def _find_manifest(self, version: str) -> Ref | Literal["none", "damaged"]:
+        """A version that was there before keeps its manifest: others may say what differs from it, so it must not refer to them."""
+        try:
+            header, files = read_version(self.store, version)
+            deque(files, maxlen=0)
+        except TrainerError as exc:
+            return "none" if exc.code is ExitCode.NOT_FOUND else "damaged"
+        return Ref(version=version, files=header.files, bytes=header.bytes, depth=header.depth)
+
+
+# --- Reading and sending -------------------------------------------------------------------------------
+
+
+def batches(changes: Iterable[tuple[str, Stat | None, bytes | None]]) -> Iterator[tuple[list[str] | str, int]]:
+    """Paths to be read together, with their bytes; a large file is read alone, a bare path is gone."""
+    batch: list[str] = []
+    total = 0
+    for path, found, _ in changes:
+        if found is None:
+            yield path, 0
+            continue
+        if found.size > LARGE_BYTES:
+            yield [path], min(found.size, MEMORY_BYTES)
+            continue
+        batch.append(path)
+        total += found.size
+        if len(batch) >= READ_FILES or total >= READ_BYTES:
+            yield batch, total
+            batch, total = [], 0
+    if batch:
+        yield batch, total
+
+
+def read_files(root: Path, paths: list[str]) -> list[Read]:
+    """Content and digest of each file. Raises TrainerError (DATA) for one that changes meanwhile, PERMISSION, NOT_FOUND."""
+    return [read_file(f"{root}/{path}", path) for path in paths]
+
+
+def read_file(full: str, path: str) -> Read:
+    try:
+        descriptor = os.open(full, os.O_RDONLY)
+    except PermissionError as exc:
+        raise TrainerError(
+            f"cannot read {full}", hint="mend its permissions, or name it in .trainyardignore", code=ExitCode.PERMISSION
+        ) from exc
+    except FileNotFoundError as exc:
+        raise _changed(full) from exc
+    try:
+        found = stat_of(os.fstat(descriptor))
+        if found.size > MEMORY_BYTES:
+            with os.fdopen(os.dup(descriptor), "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+            if stat_of(os.fstat(descriptor)) != found:
+                raise _changed(full)
+            return Read(path, found, digest, None)
+        content = read_all(descriptor, found.size)
+    finally:
+        os.close(descriptor)
+    if len(content) != found.size:
+        raise _changed(full)
+    return Read(path, found, hashlib.sha256(content).digest(), content)
+
+
+def read_all(descriptor: int, size: int) -> bytes:
+    """Up to one byte more than `size`, so that growth shows."""
+    content = os.read(descriptor, size + 1)
+    if len(content) >= size:
+        return content
+    parts = [content]
+    while content := os.read(descriptor, size + 1):
+        parts.append(content)
+    return b"".join(parts)
+
+
+def _changed(full: str) -> TrainerError:
+    return TrainerError(f"{full} changed while it was staged", hint="stage again when nothing writes to the folder", code=ExitCode.DATA)
+
+
+def put_object(store: ObjectStore, key: str, source: bytes | Path) -> None:
+    """Immutable content under its own name: to write it twice changes nothing, so a retry is safe."""
+    import obstore
+
+    obstore.put(store, key, source)
+
+
+def list_objects(store: ObjectStore) -> set[str]:
+    """Names of all packs and large files of the store."""
+    return {path.rsplit("/", 1)[-1].removesuffix(".tar") for prefix in ("packs", "files") for path in list_paths(store, prefix)}

@@ -1,0 +1,162 @@
+"""What is known of a folder and its store, in one SQLite file per pair, so that unchanged files are neither read nor sent.
+
+A row is believed while size, mtime, ctime and inode are the same; a file that was written less than two seconds
+before it was read is read again the next time, as one more write in the same tick of the clock would not show.
+Losing the cache costs reading the files again, never sending them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from blocks.errors import ServiceUnavailable
+from blocks.places import home
+from blocks.scanning import Stat
+from trainer.locks import try_lock
+from trainer.packs import StagedFile
+
+SCHEMA_VERSION = 1
+RACY_NS = 2_000_000_000
+LOCK_SECONDS = 3600.0
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS seen (path TEXT PRIMARY KEY, size INT, mtime_ns INT, ctime_ns INT, inode INT, sha256 BLOB, staged BLOB)
+    WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS placed (sha256 BLOB PRIMARY KEY, pack TEXT, offset INT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS gone (path TEXT PRIMARY KEY) WITHOUT ROWID;
+"""
+
+
+class StatCache:
+    """``seen``: files as last read, with the digest that the last committed version has; ``placed``: where contents lie in the store."""
+
+    def __init__(self, root: Path, store_uri: str, name: str) -> None:
+        key = hashlib.sha256(f"{SCHEMA_VERSION}\0{os.path.realpath(root)}\0{store_uri}\0{name}".encode()).hexdigest()[:24]
+        folder = home() / "staging"
+        self._lock = _wait_for_lock(folder / f"{key}.lock")
+        path = folder / f"{key}.sqlite"
+        try:
+            self._open(path)
+        except sqlite3.DatabaseError:  # damaged: it is only a cache
+            for suffix in ("", "-wal", "-shm"):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        self.writer = sqlite3.connect(path, isolation_level=None)
+        self.writer.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA cache_size=-16384; {SCHEMA}")
+        self.reader = sqlite3.connect(path, isolation_level=None)
+
+    def close(self) -> None:
+        self.reader.close()
+        self.writer.close()
+        os.close(self._lock)
+
+    def get(self, key: str) -> str:
+        row = self.writer.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return row[0] if row else ""
+
+    def set(self, key: str, value: str) -> None:
+        self.writer.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def changes(self, files: Iterable[tuple[str, Stat]], *, distrust: bool) -> Iterator[tuple[str, Stat | None, bytes | None]]:
+        """Files that are new or changed (no digest), gone (no stat), or, with `distrust`, known and in no known pack.
+
+        Both sides are sorted, so a row of each is all that is held.
+        """
+        where = "LEFT JOIN placed USING (sha256)" if distrust else ""
+        column = "placed.sha256 IS NOT NULL" if distrust else "1"
+        query = f"SELECT path, size, mtime_ns, ctime_ns, inode, sha256, {column} FROM seen {where} ORDER BY path"  # noqa: S608 - constants
+        rows = iter(self.reader.execute(query))
+        row = next(rows, None)
+        for path, found in files:
+            while row is not None and row[0] < path:
+                yield row[0], None, None
+                row = next(rows, None)
+            if row is None or row[0] != path:
+                yield path, found, None
+                continue
+            if row[1:5] != found:
+                yield path, found, None
+            elif not row[6]:
+                yield path, found, row[5]
+            row = next(rows, None)
+        while row is not None:
+            yield row[0], None, None
+            row = next(rows, None)
+
+    def add_seen(self, rows: Iterable[tuple[str, Stat, bytes]]) -> None:
+        newest = time.time_ns() - RACY_NS
+        self.writer.executemany(
+            "INSERT INTO seen VALUES (?, ?, ?, ?, ?, ?, NULL) ON CONFLICT (path) DO UPDATE SET"
+            " (size, mtime_ns, ctime_ns, inode, sha256) ="
+            " (excluded.size, excluded.mtime_ns, excluded.ctime_ns, excluded.inode, excluded.sha256)",
+            ((path, found.size, found.mtime_ns if found.mtime_ns < newest else -1, *found[2:], digest) for path, found, digest in rows),
+        )
+
+    def remove(self, path: str) -> None:
+        self.writer.execute("INSERT OR IGNORE INTO gone SELECT path FROM seen WHERE path = ? AND staged IS NOT NULL", (path,))
+        self.writer.execute("DELETE FROM seen WHERE path = ?", (path,))
+
+    def find_placed(self, digest: bytes) -> tuple[str, int] | None:
+        return self.writer.execute("SELECT pack, offset FROM placed WHERE sha256 = ?", (digest,)).fetchone()
+
+    def add_placed(self, rows: Iterable[tuple[bytes, str, int]]) -> None:
+        self.writer.executemany("INSERT OR REPLACE INTO placed VALUES (?, ?, ?)", rows)
+
+    def keep_placed(self, objects: set[str]) -> None:
+        """Forgets what lies in packs, or as large objects, that the store does not have."""
+        packs = {row[0] for row in self.writer.execute("SELECT DISTINCT pack FROM placed WHERE pack != ''")}
+        self.writer.executemany("DELETE FROM placed WHERE pack = ?", ((pack,) for pack in packs - objects))
+        large = (row[0] for row in self.writer.execute("SELECT sha256 FROM placed WHERE pack = ''").fetchall())
+        self.writer.executemany("DELETE FROM placed WHERE sha256 = ?", ((digest,) for digest in large if digest.hex() not in objects))
+
+    def files(self) -> Iterator[tuple[str, bytes, int]]:
+        return iter(self.reader.execute("SELECT path, sha256, size FROM seen ORDER BY path"))
+
+    def count_difference(self) -> int:
+        changed = self.writer.execute("SELECT count(*) FROM seen WHERE staged IS NOT sha256").fetchone()[0]
+        return changed + self.writer.execute("SELECT count(*) FROM gone").fetchone()[0]
+
+    def packs(self, *, difference: bool) -> list[str]:
+        where = "AND staged IS NOT seen.sha256" if difference else ""
+        query = f"SELECT DISTINCT pack FROM seen JOIN placed USING (sha256) WHERE pack != '' {where} ORDER BY pack"  # noqa: S608
+        return [row[0] for row in self.reader.execute(query)]
+
+    def lines(self, *, difference: bool) -> Iterator[StagedFile | str]:
+        """A manifest's lines: all files, or what differs from the version committed last."""
+        if not difference:
+            query = "SELECT path, sha256, size, pack, offset FROM seen JOIN placed USING (sha256) ORDER BY path"
+            yield from map(StagedFile._make, self.reader.execute(query))
+            return
+        query = (
+            "SELECT path, sha256, size, pack, offset FROM seen JOIN placed USING (sha256) WHERE staged IS NOT seen.sha256"
+            " UNION ALL SELECT path, NULL, 0, '', 0 FROM gone WHERE path NOT IN (SELECT path FROM seen) ORDER BY path"
+        )
+        for row in self.reader.execute(query):
+            yield row[0] if row[1] is None else StagedFile._make(row)
+
+    def commit(self, version: str, depth: int) -> None:
+        """The store's newest version is what was seen."""
+        self.writer.execute("BEGIN")
+        self.writer.execute("UPDATE seen SET staged = sha256 WHERE staged IS NOT sha256")
+        self.writer.execute("DELETE FROM gone")
+        self.set("version", version)
+        self.set("depth", str(depth))
+        self.set("dirty", "")
+        self.writer.execute("COMMIT")
+
+
+def _wait_for_lock(path: Path) -> int:
+    deadline = time.monotonic() + LOCK_SECONDS
+    while (lock := try_lock(path)) is None:
+        if time.monotonic() > deadline:
+            raise ServiceUnavailable("another command has been staging this folder for an hour", hint="stop it, or wait for it")
+        time.sleep(0.2)
+    os.set_inheritable(lock, False)
+    return lock

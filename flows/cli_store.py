@@ -1,0 +1,214 @@
+"""`trainyard dataset stage | fetch | verify | list | show`: datasets in a store. Imports nothing heavy: a look costs a quarter second."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from blocks.staging import Counts, Staged
+
+STORE = click.option(
+    "--store",
+    "store_uri",
+    required=True,
+    envvar="TRAINYARD_STORE",
+    help="s3://bucket/prefix, az://..., gs://..., or a folder. [$TRAINYARD_STORE]",
+)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+SHOW_EVERY_SECONDS = 0.5
+
+
+def format_bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+class Ticker:
+    """One line on a terminal that is written over, at most twice a second; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self.started = self.shown = time.monotonic()
+        self.live = sys.stderr.isatty()
+
+    def show(self, text: Callable[[float], str]) -> None:
+        now = time.monotonic()
+        if self.live and now - self.shown >= SHOW_EVERY_SECONDS:
+            self.shown = now
+            click.echo(f"\r\x1b[K{text(now - self.started)}", nl=False, err=True)
+
+    def end(self) -> None:
+        if self.live and self.shown > self.started:
+            click.echo("\r\x1b[K", nl=False, err=True)
+
+    def on_counts(self, counts: Counts) -> None:
+        self.show(
+            lambda seconds: (
+                f"{counts.changed_files} files read, {format_bytes(counts.sent_bytes)} sent, {_rate(counts.sent_bytes, seconds)}"
+            )
+        )
+
+    def on_bytes(self, done: int, total: int) -> None:
+        self.show(
+            lambda seconds: f"{format_bytes(done)} of {format_bytes(total)}, {_rate(done, seconds)}, ETA {_eta(done, total, seconds)}"
+        )
+
+
+def _rate(size: int, seconds: float) -> str:
+    return f"{format_bytes(size / max(seconds, 1e-3))}/s"
+
+
+def _eta(done: int, total: int, seconds: float) -> str:
+    return f"{(total - done) * seconds / done:.0f} s" if done else "unknown"
+
+
+@click.command()
+@click.argument("path")
+@STORE
+@click.option("--name", help="Name of the dataset in the store. Default: the folder's.")
+@AS_JSON
+def stage(path: str, store_uri: str, name: str | None, as_json: bool) -> None:
+    """Bring the folder PATH into a store. What the store has already is not sent again."""
+    from blocks.staging import stage_folder
+
+    ticker = Ticker()
+    staged = stage_folder(Path(path), store_uri, name, ticker.on_counts)
+    ticker.end()
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(staged)))
+        return
+    click.echo(describe_staged(staged))
+    for kind, (count, example) in staged.left_out.items():
+        click.echo(f"left out: {count} {kind}, such as {example}")
+
+
+def describe_staged(staged: Staged) -> str:
+    reused = 1 - min(1.0, staged.sent_bytes / staged.bytes) if staged.bytes else 1.0
+    return (
+        f"{staged.name}: version {staged.version[:12]}, {staged.files} files, {format_bytes(staged.bytes)}; "
+        f"{format_bytes(staged.sent_bytes)} sent (reused {reused:.1%}) in {staged.seconds:.1f} s"
+    )
+
+
+@click.command()
+@click.argument("version")
+@STORE
+@click.option("--to", "folder", required=True, help="A new or empty folder.")
+@AS_JSON
+def fetch(version: str, store_uri: str, folder: str, as_json: bool) -> None:
+    """Bring VERSION (a version, the beginning of one, or a dataset's name) to a folder, every file's sha256 compared."""
+    from trainer.fetching import fetch_version
+
+    ticker = Ticker()
+    started = time.monotonic()
+    fetched = fetch_version(store_uri, _resolve(store_uri, version), Path(folder).absolute(), ticker.on_bytes)
+    ticker.end()
+    seconds = time.monotonic() - started
+    if as_json:
+        click.echo(json.dumps({**dataclasses.asdict(fetched), "folder": folder, "seconds": seconds}))
+    else:
+        text = f"{fetched.fetched_files} fetched, {_rate(fetched.fetched_bytes, seconds)}" if fetched.fetched_files else "all there already"
+        click.echo(f"{folder}: version {fetched.version[:12]}, {fetched.files} files, {format_bytes(fetched.bytes)}; {text}")
+
+
+@click.command()
+@click.argument("version")
+@STORE
+@AS_JSON
+def verify(version: str, store_uri: str, as_json: bool) -> None:
+    """Read every file of VERSION in the store and compare its sha256."""
+    from trainer.fetching import verify_version
+
+    ticker = Ticker()
+    verified = verify_version(store_uri, _resolve(store_uri, version), ticker.on_bytes)
+    ticker.end()
+    told: dict[str, Any] = {"version": verified.version, "files": verified.files, "bytes": verified.bytes}
+    click.echo(
+        json.dumps(told)
+        if as_json
+        else f"version {verified.version[:12]}: {verified.files} files, {format_bytes(verified.bytes)}, all right"
+    )
+
+
+@click.command(name="list")
+@STORE
+@AS_JSON
+def list_command(store_uri: str, as_json: bool) -> None:
+    """List the datasets of a store."""
+    from blocks.refs import list_refs
+    from trainer.storage import open_store, told_plainly
+
+    with told_plainly(store_uri):
+        refs = list_refs(open_store(store_uri), store_uri)
+    if as_json:
+        click.echo(json.dumps({name: ref.model_dump(mode="json") for name, ref in refs.items()}))
+        return
+    from flows.display import print_table
+
+    rows = [
+        (name, ref.version[:12], ref.files, format_bytes(ref.bytes), f"{ref.updated_at:%Y-%m-%d %H:%M} UTC") for name, ref in refs.items()
+    ]
+    print_table(f"datasets in {store_uri}", ("name", "version", "files", "size", "staged"), rows)
+
+
+@click.command()
+@click.argument("version")
+@STORE
+@AS_JSON
+def show(version: str, store_uri: str, as_json: bool) -> None:
+    """Show one VERSION: how much it is, where it lies, and its folders."""
+    from collections import Counter
+
+    from trainer.fetching import read_version
+    from trainer.storage import open_store, told_plainly
+
+    wanted = _resolve(store_uri, version)
+    folders: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    packs: set[str] = set()
+    large = 0
+    with told_plainly(store_uri):
+        header, files = read_version(open_store(store_uri), wanted)
+        for file in files:
+            folder = file.path.rpartition("/")[0] or "."
+            folders[folder] += 1
+            sizes[folder] += file.size
+            packs.add(file.pack)
+            large += not file.pack
+    told = {
+        "version": wanted,
+        "files": header.files,
+        "bytes": header.bytes,
+        "packs": len(packs - {""}),
+        "large_files": large,
+        "base": header.base,
+    }
+    if as_json:
+        click.echo(json.dumps({**told, "folders": {name: {"files": folders[name], "bytes": sizes[name]} for name in sorted(folders)}}))
+        return
+    from flows.display import print_table
+
+    click.echo(
+        f"version {wanted}: {header.files} files, {format_bytes(header.bytes)}, in {told['packs']} packs and {large} objects of their own"
+    )
+    print_table(
+        "largest folders", ("folder", "files", "size"), [(name, folders[name], format_bytes(size)) for name, size in sizes.most_common(20)]
+    )
+
+
+def _resolve(store_uri: str, version: str) -> str:
+    from blocks.refs import resolve_version
+    from trainer.storage import open_store, told_plainly
+
+    with told_plainly(store_uri):
+        return resolve_version(open_store(store_uri), store_uri, version)

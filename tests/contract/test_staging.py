@@ -1,0 +1,287 @@
+"""One suite for every store: a folder and S3 (moto's server)."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from blocks.refs import list_refs, read_ref, resolve_version
+from blocks.staging import LARGE_BYTES, PACK_BYTES, Staged, stage_folder
+from trainer.contract import ExitCode, TrainerError
+from trainer.fetching import fetch_version, verify_version
+from trainer.packs import manifest_key
+from trainer.storage import list_paths, open_store
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of moto's server, with a bucket."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+@pytest.fixture(params=["file", "s3"])
+def store_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+    if request.param == "file":
+        return (tmp_path / "store with space").as_uri()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    import boto3
+
+    bucket = f"data-{uuid4().hex[:12]}"
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}/some/prefix"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Small files, one large, one empty, a copy, and names that tools trip over; none of them fresh from the clock's view."""
+    root = tmp_path / "source"
+    rng = random.Random(1)
+    for number in range(300):
+        path = root / f"d{number % 7}" / f"img {number:04d} ü.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(rng.randbytes(rng.choice([0, 1, 511, 512, 513, 8192])))
+    (root / "large.bin").write_bytes(rng.randbytes(LARGE_BYTES + 1))
+    (root / "copy of large.bin").write_bytes((root / "large.bin").read_bytes())
+    (root / "d0-1").write_bytes(b"sorts between d0 and d0/")
+    (root / ("n" * 200)).write_bytes(b"long name")
+    for path in root.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    return root
+
+
+def assert_same(source: Path, copy: Path) -> None:
+    def content(root: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+    assert content(source) == content(copy)
+
+
+def objects(store_uri: str) -> set[str]:
+    return set(list_paths(open_store(store_uri), ""))
+
+
+def touch_old(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    os.utime(path, (1.1e9, 1.1e9))
+
+
+def test_round_trip_is_bit_exact(store_uri: str, source: Path, tmp_path: Path) -> None:
+    staged = stage_folder(source, store_uri)
+    assert staged.files == sum(path.is_file() for path in source.rglob("*"))
+    fetched = fetch_version(store_uri, staged.version, tmp_path / "copy")
+    assert (fetched.files, fetched.bytes) == (staged.files, staged.bytes)
+    assert_same(source, tmp_path / "copy")
+    assert verify_version(store_uri, staged.version).files == staged.files
+    assert fetch_version(store_uri, staged.version, tmp_path / "copy").fetched_files == 0
+
+
+def test_nothing_changed_sends_nothing(store_uri: str, source: Path) -> None:
+    first = stage_folder(source, store_uri)
+    before = objects(store_uri)
+    again = stage_folder(source, store_uri)
+    assert (again.version, again.sent_bytes, again.changed_files) == (first.version, 0, 0)
+    assert objects(store_uri) == before
+
+
+def test_a_lost_cache_reads_again_and_sends_no_content(store_uri: str, source: Path, tmp_path: Path) -> None:
+    first = stage_folder(source, store_uri)
+    before = objects(store_uri)
+    shutil.rmtree(tmp_path / "home/staging")
+    again = stage_folder(source, store_uri)
+    assert (again.version, again.changed_files) == (first.version, first.files)
+    assert objects(store_uri) == before
+
+
+def test_only_what_changed_travels(store_uri: str, source: Path, tmp_path: Path) -> None:
+    first = stage_folder(source, store_uri)
+    touch_old(source / "d1/img 0001 ü.jpg", b"x" * 8192)
+    (source / "d2/img 0002 ü.jpg").rename(source / "renamed.jpg")
+    (source / "d3/img 0003 ü.jpg").unlink()
+    (source / "large.bin").unlink()
+    second = stage_folder(source, store_uri)
+    assert second.sent_bytes < 8192 + 512 + 1024 + 2_000, "the changed file, its tar header, and a manifest that says what differs"
+    for version, name in ((first.version, "old"), (second.version, "new")):
+        fetch_version(store_uri, version, tmp_path / name)
+    assert_same(source, tmp_path / "new")
+    assert (tmp_path / "old/d2/img 0002 ü.jpg").exists()
+
+
+def test_a_long_chain_of_small_changes_stays_readable(store_uri: str, source: Path, tmp_path: Path) -> None:
+    for number in range(12):
+        touch_old(source / f"d1/new {number}", f"{number}".encode())
+        staged = stage_folder(source, store_uri)
+    fetch_version(store_uri, staged.version, tmp_path / "copy")
+    assert_same(source, tmp_path / "copy")
+
+
+def test_a_file_touched_without_change_makes_no_version(store_uri: str, source: Path) -> None:
+    first = stage_folder(source, store_uri)
+    os.utime(source / "d0-1")
+    again = stage_folder(source, store_uri)
+    assert (again.version, again.changed_files, again.sent_bytes) == (first.version, 1, 0)
+
+
+def test_a_change_back_finds_what_is_there(store_uri: str, source: Path, tmp_path: Path) -> None:
+    content = (source / "large.bin").read_bytes()
+    first = stage_folder(source, store_uri)
+    touch_old(source / "large.bin", b"other")
+    stage_folder(source, store_uri)
+    touch_old(source / "large.bin", content)
+    third = stage_folder(source, store_uri)
+    assert third.version == first.version
+    assert third.sent_bytes < 20_000
+    fetch_version(store_uri, third.version, tmp_path / "copy")
+    assert_same(source, tmp_path / "copy")
+
+
+def test_a_store_that_was_emptied_is_filled_again(store_uri: str, source: Path, tmp_path: Path) -> None:
+    import obstore
+
+    first = stage_folder(source, store_uri)
+    obstore.delete(open_store(store_uri), sorted(objects(store_uri)))
+    again = stage_folder(source, store_uri)
+    assert again.version == first.version
+    fetch_version(store_uri, first.version, tmp_path / "copy")
+    assert_same(source, tmp_path / "copy")
+
+
+def test_two_stagers_at_once_lose_nothing(store_uri: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two folders under one name: the ref is one of them, both versions are whole."""
+    other = shutil.copytree(source, tmp_path / "other")
+    touch_old(other / "d1/img 0001 ü.jpg", b"of the other")
+    results: list[Staged] = []
+
+    def work(root: Path) -> None:
+        results.append(stage_folder(root, store_uri, "shared"))
+
+    threads = [threading.Thread(target=work, args=(root,)) for root in (source, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({staged.version for staged in results}) == 2
+    ref, _ = read_ref(open_store(store_uri), store_uri, "shared")
+    assert ref is not None
+    assert {ref.version, *ref.previous} == {staged.version for staged in results}
+    for staged in results:
+        assert verify_version(store_uri, staged.version).files == staged.files
+
+
+CRASH = """
+import os, sys
+import obstore
+from pathlib import Path
+put, calls, at = obstore.put, 0, int(sys.argv[1])
+def dying(store, path, data, **options):
+    global calls
+    calls += 1
+    if calls > at:
+        os.kill(os.getpid(), 9)
+    return put(store, path, data, **options)
+obstore.put = dying
+import blocks.staging
+blocks.staging.PACK_BYTES = 200_000
+blocks.staging.stage_folder(Path(sys.argv[2]), sys.argv[3])
+"""
+
+
+def test_killed_after_each_write_then_complete(store_uri: str, source: Path, tmp_path: Path) -> None:
+    killed = 0
+    for at in range(30):
+        done = subprocess.run([sys.executable, "-c", CRASH, str(at), str(source), store_uri], check=False, capture_output=True, timeout=120)
+        assert done.returncode in (0, -9), done.stderr.decode()
+        if done.returncode == 0:
+            break
+        killed += 1
+    assert killed >= 3
+    staged = stage_folder(source, store_uri)
+    fetch_version(store_uri, staged.version, tmp_path / "copy")
+    assert_same(source, tmp_path / "copy")
+    stored = sum(len(bytes(_get(store_uri, key))) for key in objects(store_uri) if key.startswith(("packs/", "files/")))
+    assert stored < staged.bytes + 600 * staged.files + PACK_BYTES, "no duplicate beyond one pack"
+
+
+def _get(store_uri: str, key: str) -> bytes:
+    import obstore
+
+    return bytes(obstore.get(open_store(store_uri), key).bytes())
+
+
+def _put(store_uri: str, key: str, data: bytes) -> None:
+    import obstore
+
+    obstore.put(open_store(store_uri), key, data)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+@pytest.mark.parametrize("kind", ["packs/", "files/", "manifests/"])
+def test_damage_is_refused_and_nothing_half_is_left(store_uri: str, source: Path, tmp_path: Path, kind: str, damage: str) -> None:
+    import obstore
+
+    staged = stage_folder(source, store_uri)
+    [key] = [key for key in objects(store_uri) if key.startswith(kind)]
+    data = _get(store_uri, key)
+    if damage == "gone":
+        obstore.delete(open_store(store_uri), key)
+    else:
+        _put(store_uri, key, bytes(byte ^ 255 for byte in data) if damage == "flip" else data[: len(data) // 2])
+    with pytest.raises(TrainerError) as refused:
+        fetch_version(store_uri, staged.version, tmp_path / "copy")
+    assert refused.value.code in (ExitCode.DATA, ExitCode.NOT_FOUND, ExitCode.UNAVAILABLE)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_fetch_that_was_cut_goes_on(store_uri: str, source: Path, tmp_path: Path) -> None:
+    staged = stage_folder(source, store_uri)
+    partial = tmp_path / f"copy.partial-{staged.version[:12]}"
+    shutil.copytree(source, partial)
+    (partial / "d0-1").write_bytes(b"sorts between d0 and X0/")
+    (partial / "large.bin").write_bytes(b"half")
+    fetched = fetch_version(store_uri, staged.version, tmp_path / "copy")
+    assert fetched.fetched_files == 2
+    assert_same(source, tmp_path / "copy")
+
+
+def test_a_folder_with_other_files_is_left_alone(store_uri: str, source: Path, tmp_path: Path) -> None:
+    staged = stage_folder(source, store_uri)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/note.txt").write_text("keep")
+    with pytest.raises(TrainerError, match="holds other files"):
+        fetch_version(store_uri, staged.version, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["note.txt"]
+
+
+def test_names_and_versions_are_found(store_uri: str, source: Path) -> None:
+    staged = stage_folder(source, store_uri, "cells")
+    store = open_store(store_uri)
+    assert list(list_refs(store, store_uri)) == ["cells"]
+    assert {resolve_version(store, store_uri, text) for text in ("cells", staged.version, staged.version[:8])} == {staged.version}
+    with pytest.raises(TrainerError, match="no dataset or version"):
+        resolve_version(store, store_uri, "none")
+    assert manifest_key(staged.version) in objects(store_uri)
+
+
+def test_an_unwritable_name_is_refused(store_uri: str, source: Path) -> None:
+    with pytest.raises(TrainerError, match="no name of a dataset"):
+        stage_folder(source, store_uri, "../x")

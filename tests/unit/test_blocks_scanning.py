@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from blocks.scanning import Scan
+from trainer.contract import ExitCode, TrainerError
+
+
+def write(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return root
+
+
+def paths(root: Path) -> list[str]:
+    return [path for path, _ in Scan(root).files()]
+
+
+def test_files_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    names = ["a/b.jpg", "a-b/c.jpg", "a.jpg", "a/ü 日本 x.jpg", "z", "Z", f"long/{'n' * 200}.txt"]
+    assert paths(write(tmp_path, *names)) == sorted(names)
+
+
+def test_what_is_no_data_is_left_out(tmp_path: Path) -> None:
+    names = [
+        ".git/config",
+        "sub/__pycache__/a.pyc",
+        "labels.cache",
+        ".DS_Store",
+        "env/pyvenv.cfg",
+        "env/lib/x.py",
+        "keep/a.jpg",
+        ".hidden.txt",
+    ]
+    assert paths(write(tmp_path, *names)) == [".hidden.txt", "keep/a.jpg"]
+
+
+def test_the_ignore_file_follows_the_rules_of_gitignore(tmp_path: Path) -> None:
+    write(tmp_path, "raw/a.jpg", "sub/raw/b.jpg", "x.tmp", "keep.tmp", "c.jpg")
+    (tmp_path / ".trainyardignore").write_text("# drafts\nraw/\n*.tmp\n!keep.tmp\n.trainyardignore\n")
+    assert paths(tmp_path) == ["c.jpg", "keep.tmp"]
+
+
+def test_links_are_followed_within_the_folder_only(tmp_path: Path) -> None:
+    root = write(tmp_path / "root", "a.jpg", "folder/b.jpg")
+    write(tmp_path, "secret")
+    (root / "out.jpg").symlink_to(tmp_path / "secret")
+    (root / "in.jpg").symlink_to("folder/b.jpg")
+    (root / "loop").symlink_to(root)
+    os.mkfifo(root / "pipe")
+    scan = Scan(root)
+    assert [(path, stat.size) for path, stat in scan.files()] == [("a.jpg", 5), ("folder/b.jpg", 12), ("in.jpg", 12)]
+    assert scan.left_out == {"links out of the folder or to folders": (2, "loop"), "neither file nor folder": (1, "pipe")}
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"bad\xff.jpg")).touch()
+    with pytest.raises(TrainerError, match="rename the file") as refused:
+        paths(tmp_path)
+    assert refused.value.code == ExitCode.DATA
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainerError, match="not a folder"):
+        paths(tmp_path / "none")

@@ -1,0 +1,257 @@
+"""The staged-dataset format: immutable packs of files, and a manifest that says what is where.
+
+Below one prefix of a store::
+
+    packs/<2 hex>/<pack id>.tar      files side by side, each named by its sha256: a plain tar, so `tar -x` recovers the data
+    files/<2 hex>/<sha256>           a large file, an object of its own
+    manifests/<version>.jsonl.gz     path, sha256, size, pack and offset of every file, or what differs from another version
+    refs/<name>.json                 the newest version of a dataset, moved last
+
+A version is the sha256 over the sorted paths and contents of its files, wherever they are packed: the same
+files are the same version in every store, and packing anew changes nothing. A pack's id is the sha256 over the
+digests and sizes in it, so the same id means the same bytes. Nothing in a pack is believed: files are cut out
+by the manifest's offsets and compared with its digests, so links, devices and names in a hostile pack do nothing.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import heapq
+import io
+import json
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import IO, Any, NamedTuple
+
+from pydantic import Field, ValidationError
+
+from trainer.contract import ExitCode, StoredRecord, TrainerError
+
+BLOCK = 512
+MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
+MAX_NAME_BYTES = 255  # NAME_MAX of Linux
+MAX_LINE_BYTES = 4 * MAX_PATH_BYTES + 512
+MAX_HEADER_BYTES = 64 * 2**20  # a header names its packs, some 70 bytes each
+END = bytes(2 * BLOCK)
+
+
+class StagedFile(NamedTuple):
+    """One file of a version. ``pack`` is empty for a large file, which is an object of its own; ``offset`` is that of its first byte."""
+
+    path: str
+    sha256: bytes
+    size: int
+    pack: str
+    offset: int
+
+
+class ManifestHeader(StoredRecord):
+    """First line of a manifest. ``files`` and ``bytes`` are those of the whole version, its base included."""
+
+    version: str
+    base: str | None = Field(default=None, description="The version that the lines are the difference to.")
+    depth: int = Field(default=0, description="Manifests to read below this one.")
+    files: int
+    bytes: int
+    packs: tuple[str, ...] = Field(description="Ids of the packs that the lines name by number.")
+
+
+def pack_key(pack: str) -> str:
+    return f"packs/{pack[:2]}/{pack}.tar"
+
+
+def file_key(digest: bytes) -> str:
+    return f"files/{digest.hex()[:2]}/{digest.hex()}"
+
+
+def object_key(file: StagedFile) -> str:
+    return pack_key(file.pack) if file.pack else file_key(file.sha256)
+
+
+def manifest_key(version: str) -> str:
+    return f"manifests/{version}.jsonl.gz"
+
+
+# --- Packs -------------------------------------------------------------------------------------------
+
+
+def _build_template() -> tuple[bytes, bytes, int]:
+    """A ustar header (POSIX.1-1988) before and after its variable fields, and the checksum of what is fixed."""
+    # mode, uid, gid
+    before = b"0000644\0" + b"0000000\0" + b"0000000\0"
+    # mtime, checksum as spaces, type, link name, magic
+    after = b"00000000000\0" + b" " * 8 + b"0" + bytes(100) + b"ustar\x0000"
+    rest = after + bytes(BLOCK - 100 - len(before) - 12 - len(after))
+    return before, rest, sum(before) + sum(rest)
+
+
+_BEFORE, _REST, _FIXED_SUM = _build_template()
+_CHECKSUM_AT = 12  # after the mtime
+
+
+def tar_header(digest: bytes, size: int) -> bytes:
+    """The 512 bytes before a file in a pack. Raises ValueError from 8 GiB on, which ustar cannot say."""
+    if size >= 8**11:
+        raise ValueError(f"{size} bytes do not fit into a tar header")
+    name = digest.hex().encode()
+    octal = b"%011o\0" % size
+    checksum = b"%06o\0 " % (_FIXED_SUM + sum(name) + sum(octal))
+    return b"".join((name, bytes(100 - len(name)), _BEFORE, octal, _REST[:_CHECKSUM_AT], checksum, _REST[_CHECKSUM_AT + 8 :]))
+
+
+def padding(size: int) -> bytes:
+    return bytes(-size % BLOCK)
+
+
+def packed_bytes(size: int) -> int:
+    """What a file of `size` bytes takes in a pack."""
+    return BLOCK + size + -size % BLOCK
+
+
+def pack_id(files: Iterable[tuple[bytes, int]]) -> str:
+    """The id of a pack that holds files of these digests and sizes in this order."""
+    total = hashlib.sha256(b"trainyard-pack-1\0")
+    for digest, size in files:
+        total.update(digest + size.to_bytes(8, "big"))
+    return total.hexdigest()
+
+
+# --- Versions ----------------------------------------------------------------------------------------
+
+
+class VersionHash:
+    """The version of files that are added in the order of their paths. The formula is that of `trainer.dataset.dataset_version`."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self.files = 0
+        self.bytes = 0
+
+    def add(self, path: str, digest: bytes, size: int) -> None:
+        self._hash.update(f"{path}\0{digest.hex()}\n".encode())
+        self.files += 1
+        self.bytes += size
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def check_path(path: str) -> str:
+    """The path itself. Raises ValueError for one that could lead out of the folder it is written to, or that no folder can hold."""
+    encoded = path.encode()  # lone surrogates raise UnicodeEncodeError, a ValueError
+    parts = path.split("/")
+    if not path or "\0" in path or path.startswith("/") or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"unsafe path {path[:200]!r}")
+    if len(encoded) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in parts):
+        raise ValueError(f"path too long: {path[:200]!r}")
+    return path
+
+
+# --- Manifests ---------------------------------------------------------------------------------------
+
+
+def write_manifest(out: IO[bytes], header: ManifestHeader, files: Iterable[StagedFile | str]) -> None:
+    """Writes a manifest: files in the order of their paths; a bare path says that the base's file is gone."""
+    numbers = {pack: number for number, pack in enumerate(header.packs)}
+    # Without time and name, the same lines are the same bytes.
+    with gzip.GzipFile(filename="", mode="wb", fileobj=out, compresslevel=1, mtime=0) as packed:
+        packed.write(header.model_dump_json().encode() + b"\n")
+        for file in files:
+            if isinstance(file, str):
+                line: list[Any] = [file]
+            else:
+                line = [file.path, file.sha256.hex(), file.size, numbers[file.pack] if file.pack else -1, file.offset]
+            packed.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+
+
+def open_manifest(data: bytes, version: str) -> tuple[ManifestHeader, Iterator[StagedFile | str]]:
+    """Header and lines of a manifest. Raises TrainerError (DATA) for one that is damaged, of another version, or hostile.
+
+    Lines are checked while they are read: unsafe paths, wrong order (hence duplicates), impossible numbers.
+    """
+    stream = gzip.GzipFile(fileobj=io.BytesIO(data))
+    try:
+        header = ManifestHeader.model_validate_json(_read_line(stream, MAX_HEADER_BYTES))
+    except (OSError, EOFError, ValueError, ValidationError) as exc:
+        raise _damaged(version, str(exc)) from exc
+    if header.version != version:
+        raise _damaged(version, f"it is that of version {header.version[:12]}")
+    return header, _read_files(stream, header)
+
+
+def _read_files(stream: gzip.GzipFile, header: ManifestHeader) -> Iterator[StagedFile | str]:
+    last = ""
+    try:
+        while line := _read_line(stream, MAX_LINE_BYTES):
+            fields = json.loads(line)
+            path = check_path(fields[0])
+            if path <= last:
+                raise ValueError(f"{path[:200]!r} is out of order")
+            last = path
+            if len(fields) == 1:
+                yield path
+                continue
+            _, digest, size, pack, offset = fields
+            if not all(isinstance(number, int) for number in (size, pack, offset)) or size < 0 or offset < 0 or pack < -1:
+                raise ValueError(f"impossible numbers for {path[:200]!r}")
+            sha256 = bytes.fromhex(digest)
+            if len(sha256) != hashlib.sha256().digest_size:
+                raise ValueError(f"no sha256 for {path[:200]!r}")
+            yield StagedFile(path, sha256, size, header.packs[pack] if pack >= 0 else "", offset)
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, LookupError) as exc:
+        raise _damaged(header.version, str(exc)) from exc
+
+
+def _read_line(stream: gzip.GzipFile, most: int) -> bytes:
+    line = stream.readline(most + 1)
+    if len(line) > most:
+        raise ValueError(f"a line has more than {most} bytes")
+    return line
+
+
+def _damaged(version: str, why: str) -> TrainerError:
+    return TrainerError(
+        f"the manifest of dataset version {version[:12]} is damaged: {why}",
+        hint="stage the dataset again: trainyard dataset stage",
+        code=ExitCode.DATA,
+    )
+
+
+def merge_manifests(parts: list[Iterator[StagedFile | str]]) -> Iterator[StagedFile]:
+    """The files of a version from its manifest and those below it, newest first. Needs no more memory than a line of each."""
+
+    def keyed(lines: Iterator[StagedFile | str], depth: int) -> Iterator[tuple[str, int, StagedFile | str]]:
+        return ((line if isinstance(line, str) else line.path, depth, line) for line in lines)
+
+    merged = heapq.merge(*(keyed(part, depth) for depth, part in enumerate(parts)), key=lambda item: item[:2])
+    for _, same in groupby(merged, key=lambda item: item[0]):
+        newest = next(same)[2]
+        if not isinstance(newest, str):
+            yield newest
+
+
+def check_version(header: ManifestHeader, files: Iterable[StagedFile]) -> Iterator[StagedFile]:
+    """Passes the files on and, at their end, raises TrainerError (DATA) where they are not what the header promises.
+
+    Raises at once where there are more files or bytes than promised, so that a hostile manifest cannot fill a disk.
+    """
+    seen = VersionHash()
+    for file in files:
+        seen.add(file.path, file.sha256, file.size)
+        if seen.files > header.files or seen.bytes > header.bytes:
+            raise _damaged(header.version, f"it lists more than its {header.files} files and {header.bytes} bytes")
+        yield file
+    if (seen.hexdigest(), seen.files, seen.bytes) != (header.version, header.files, header.bytes):
+        raise _damaged(header.version, "its files are not those of the version")
+
+
+def merge_ranges(ranges: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
+    """Half-open byte ranges joined where less than `gap` bytes lie between them."""
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if joined and start - joined[-1][1] < gap:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
