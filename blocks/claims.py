@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,11 +25,10 @@ from blocks.places import home
 from blocks.record import known_outputs
 from trainer.contract import RunLayout, StoredRecord, utc_now
 from trainer.files import write_json
-from trainer.locks import try_lock
+from trainer.locks import wait_for_lock
 from trainer.storage import to_path
 
 LOCK_SECONDS = 120.0  # whoever holds it may be comparing a large dataset with its index
-LOOK_SECONDS = 0.05
 
 
 class Claim(StoredRecord):
@@ -104,13 +102,10 @@ def _myself() -> Driver:
 @contextmanager
 def _locked(wanted: str) -> Generator[None]:
     path = _path(wanted).with_suffix(".lock")
-    deadline = time.monotonic() + LOCK_SECONDS
-    while (descriptor := try_lock(path)) is None:
-        if time.monotonic() > deadline:
-            raise ServiceUnavailable(
-                f"another command has been comparing the same request for {LOCK_SECONDS:.0f} s", hint="try again, or --new"
-            )
-        time.sleep(LOOK_SECONDS)
+    descriptor = wait_for_lock(path, LOCK_SECONDS)
+    if descriptor is None:
+        message = f"another command has been comparing the same request for {LOCK_SECONDS:.0f} s"
+        raise ServiceUnavailable(message, hint="try again, or --new")
     try:
         yield
     finally:

@@ -60,7 +60,7 @@ def read_ref(store: ObjectStore, uri: str, name: str) -> tuple[Ref | None, Updat
     return ref, tag
 
 
-def move_ref(store: ObjectStore, uri: str, name: str, newest: Ref, tag: UpdateVersion | None) -> None:
+def move_ref(store: ObjectStore, uri: str, name: str, newest: Ref) -> None:
     """Makes `newest` the dataset's version. Of two stagers at once the later one wins; the other's version stays, named by its hash."""
     for _ in range(TRIES):
         stored, tag = read_ref(store, uri, name)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -35,7 +36,7 @@ from trainer.packs import (
     tar_header,
     write_manifest,
 )
-from trainer.storage import list_paths, open_store, to_uri, told_plainly
+from trainer.storage import folders_told_plainly, list_paths, open_store, to_uri, told_plainly
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -100,9 +101,12 @@ class Pack:
         self.size += BLOCK + len(content) + len(pad)
 
 
-def stage_folder(root: Path, store_uri: str, name: str | None = None, on_progress: Callable[[Counts], None] | None = None) -> Staged:
+def stage_folder(
+    root: Path, store_uri: str, name: str | None = None, on_progress: Callable[[Counts], None] | None = None, *, again: bool = False
+) -> Staged:
     """Makes the folder's files the newest version of the dataset `name` (default: the folder's name) in the store.
 
+    With `again` nothing that the store has is relied on: all is read and sent, which mends a damaged one.
     Raises TrainerError: NOT_FOUND, PERMISSION, DATA (names; a file that changes while it is read), UNAVAILABLE.
     """
     started = time.monotonic()
@@ -110,9 +114,9 @@ def stage_folder(root: Path, store_uri: str, name: str | None = None, on_progres
     name = name or root.name or "dataset"
     cache = StatCache(root, store_uri, name)
     try:
-        with told_plainly(store_uri):
+        with told_plainly(store_uri), folders_told_plainly():
             stager = _Stager(root, open_store(store_uri), store_uri, name, cache, on_progress)
-            ref, scan = stager.run()
+            ref, scan = stager.run(again=again)
     finally:
         cache.close()
     counts = stager.counts
@@ -133,18 +137,18 @@ class _Stager:
         self.readers = ThreadPoolExecutor(READERS)
         self.senders = ThreadPoolExecutor(SENDERS)
 
-    def run(self) -> tuple[Ref, Scan]:
+    def run(self, *, again: bool) -> tuple[Ref, Scan]:
         scan = Scan(self.root)
-        ref, tag = read_ref(self.store, self.uri, self.name)
-        base = self._trust(ref)
+        ref, _ = read_ref(self.store, self.uri, self.name)
+        base = self._distrust() if again else self._trust(ref)
         changed = self._send(self.cache.changes(scan.files(), distrust=not base))
         if ref is not None and base and not changed:
             return ref, scan
-        newest = self._write_manifest(base)
+        newest = self._write_manifest(base, again=again)
         if ref is not None and newest.version == ref.version == base:  # files were written anew with the same content
             self.cache.commit(ref.version, ref.depth)
             return ref, scan
-        move_ref(self.store, self.uri, self.name, newest, tag)
+        move_ref(self.store, self.uri, self.name, newest)
         self.cache.commit(newest.version, newest.depth)
         return newest, scan
 
@@ -161,9 +165,14 @@ class _Stager:
             self.cache.writer.execute("COMMIT")
         return ""
 
+    def _distrust(self) -> str:
+        self.cache.set("dirty", "1")
+        self.cache.forget_placed()
+        return ""
+
     # --- What changed ---
 
-    def _send(self, changes: Iterator[tuple[str, Stat | None, bytes | None]]) -> bool:
+    def _send(self, changes: Iterator[tuple[str, Stat | None]]) -> bool:
         """Reads what is new and sends what the store lacks. Whether anything was new."""
         began = False
         try:
@@ -182,7 +191,7 @@ class _Stager:
             self.senders.shutdown(cancel_futures=True)
         return began
 
-    def _read(self, changes: Iterator[tuple[str, Stat | None, bytes | None]]) -> Iterator[list[Read] | str]:
+    def _read(self, changes: Iterator[tuple[str, Stat | None]]) -> Iterator[list[Read] | str]:
         """Batches of files that threads read ahead; a bare path for one that is gone."""
         ahead: deque[tuple[Future[list[Read]] | str, int]] = deque()
         waiting = 0
@@ -206,8 +215,9 @@ class _Stager:
                 continue
             self.pending.add(read.digest)
             if read.stat.size > LARGE_BYTES:
-                source = self.root / read.path if read.content is None else read.content
-                self._submit(file_key(read.digest), source, read.stat.size, [(read.digest, "", 0)])
+                send = partial(put_object, self.store, file_key(read.digest), read.content) if read.content is not None else None
+                send = send or partial(put_file, self.store, file_key(read.digest), self.root / read.path, read.stat)
+                self._submit(send, read.stat.size, [(read.digest, "", 0)])
             else:
                 self.pack.add(read.digest, read.content or b"")
                 if self.pack.size >= PACK_BYTES:
@@ -221,11 +231,12 @@ class _Stager:
         if pack.digests:
             name = pack_id(pack.digests)
             rows = [(digest, name, offset) for (digest, _), offset in zip(pack.digests, pack.offsets, strict=True)]
-            self._submit(pack_key(name), b"".join((*pack.chunks, END)), pack.size + len(END), rows)
+            send = partial(put_object, self.store, pack_key(name), b"".join((*pack.chunks, END)))
+            self._submit(send, pack.size + len(END), rows)
 
-    def _submit(self, key: str, source: bytes | Path, size: int, rows: list[tuple[bytes, str, int]]) -> None:
+    def _submit(self, send: Callable[[], None], size: int, rows: list[tuple[bytes, str, int]]) -> None:
         self._settle(max(0, FLYING_BYTES - size))
-        self.flying.append((self.senders.submit(put_object, self.store, key, source), size, rows))
+        self.flying.append((self.senders.submit(send), size, rows))
 
     def _settle(self, most: int) -> None:
         """Waits until at most so many bytes are under way, and remembers where what has arrived lies."""
@@ -241,7 +252,7 @@ class _Stager:
 
     # --- The commit ---
 
-    def _write_manifest(self, base: str) -> Ref:
+    def _write_manifest(self, base: str, *, again: bool) -> Ref:
         import obstore
 
         total = VersionHash()
@@ -252,7 +263,7 @@ class _Stager:
             raise TrainerError(f"{self.root} has no files to stage", hint="check the folder and .trainyardignore", code=ExitCode.DATA)
         if version == base:
             return Ref(version=version, files=total.files, bytes=total.bytes)
-        found = self._find_manifest(version)
+        found = "damaged" if again else self._find_manifest(version)
         if isinstance(found, Ref):
             return found
         depth = int(self.cache.get("depth") or 0) + 1
@@ -285,11 +296,11 @@ class _Stager:
 # --- Reading and sending -------------------------------------------------------------------------------
 
 
-def batches(changes: Iterable[tuple[str, Stat | None, bytes | None]]) -> Iterator[tuple[list[str] | str, int]]:
+def batches(changes: Iterable[tuple[str, Stat | None]]) -> Iterator[tuple[list[str] | str, int]]:
     """Paths to be read together, with their bytes; a large file is read alone, a bare path is gone."""
     batch: list[str] = []
     total = 0
-    for path, found, _ in changes:
+    for path, found in changes:
         if found is None:
             yield path, 0
             continue
@@ -350,11 +361,21 @@ def _changed(full: str) -> TrainerError:
     return TrainerError(f"{full} changed while it was staged", hint="stage again when nothing writes to the folder", code=ExitCode.DATA)
 
 
-def put_object(store: ObjectStore, key: str, source: bytes | Path) -> None:
+def put_object(store: ObjectStore, key: str, content: bytes) -> None:
     """Immutable content under its own name: to write it twice changes nothing, so a retry is safe."""
     import obstore
 
-    obstore.put(store, key, source)
+    obstore.put(store, key, content)
+
+
+def put_file(store: ObjectStore, key: str, path: Path, found: Stat) -> None:
+    """Sends a file too large to hold, which was `found` so when it was hashed. What changed since is not kept under that hash."""
+    import obstore
+
+    obstore.put(store, key, path)
+    if stat_of(path.stat()) != found:
+        obstore.delete(store, key)
+        raise _changed(str(path))
 
 
 def list_objects(store: ObjectStore) -> set[str]:

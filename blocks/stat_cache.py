@@ -17,7 +17,7 @@ from pathlib import Path
 from blocks.errors import ServiceUnavailable
 from blocks.places import home
 from blocks.scanning import Stat
-from trainer.locks import try_lock
+from trainer.locks import wait_for_lock
 from trainer.packs import StagedFile
 
 SCHEMA_VERSION = 1
@@ -38,7 +38,10 @@ class StatCache:
     def __init__(self, root: Path, store_uri: str, name: str) -> None:
         key = hashlib.sha256(f"{SCHEMA_VERSION}\0{os.path.realpath(root)}\0{store_uri}\0{name}".encode()).hexdigest()[:24]
         folder = home() / "staging"
-        self._lock = _wait_for_lock(folder / f"{key}.lock")
+        lock = wait_for_lock(folder / f"{key}.lock", LOCK_SECONDS)
+        if lock is None:
+            raise ServiceUnavailable("another command has been staging this folder for an hour", hint="stop it, or wait for it")
+        self._lock = lock
         path = folder / f"{key}.sqlite"
         try:
             self._open(path)
@@ -64,30 +67,28 @@ class StatCache:
     def set(self, key: str, value: str) -> None:
         self.writer.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
-    def changes(self, files: Iterable[tuple[str, Stat]], *, distrust: bool) -> Iterator[tuple[str, Stat | None, bytes | None]]:
-        """Files that are new or changed (no digest), gone (no stat), or, with `distrust`, known and in no known pack.
+    def changes(self, files: Iterable[tuple[str, Stat]], *, distrust: bool) -> Iterator[tuple[str, Stat | None]]:
+        """Files that are new, changed, gone (no stat) or, with `distrust`, known and in no known pack.
 
         Both sides are sorted, so a row of each is all that is held.
         """
         where = "LEFT JOIN placed USING (sha256)" if distrust else ""
         column = "placed.sha256 IS NOT NULL" if distrust else "1"
-        query = f"SELECT path, size, mtime_ns, ctime_ns, inode, sha256, {column} FROM seen {where} ORDER BY path"  # noqa: S608 - constants
+        query = f"SELECT path, size, mtime_ns, ctime_ns, inode, {column} FROM seen {where} ORDER BY path"  # noqa: S608 - constants
         rows = iter(self.reader.execute(query))
         row = next(rows, None)
         for path, found in files:
             while row is not None and row[0] < path:
-                yield row[0], None, None
+                yield row[0], None
                 row = next(rows, None)
             if row is None or row[0] != path:
-                yield path, found, None
+                yield path, found
                 continue
-            if row[1:5] != found:
-                yield path, found, None
-            elif not row[6]:
-                yield path, found, row[5]
+            if row[1:5] != found or not row[5]:
+                yield path, found
             row = next(rows, None)
         while row is not None:
-            yield row[0], None, None
+            yield row[0], None
             row = next(rows, None)
 
     def add_seen(self, rows: Iterable[tuple[str, Stat, bytes]]) -> None:
@@ -108,6 +109,9 @@ class StatCache:
 
     def add_placed(self, rows: Iterable[tuple[bytes, str, int]]) -> None:
         self.writer.executemany("INSERT OR REPLACE INTO placed VALUES (?, ?, ?)", rows)
+
+    def forget_placed(self) -> None:
+        self.writer.execute("DELETE FROM placed")
 
     def keep_placed(self, objects: set[str]) -> None:
         """Forgets what lies in packs, or as large objects, that the store does not have."""
@@ -150,13 +154,3 @@ class StatCache:
         self.set("depth", str(depth))
         self.set("dirty", "")
         self.writer.execute("COMMIT")
-
-
-def _wait_for_lock(path: Path) -> int:
-    deadline = time.monotonic() + LOCK_SECONDS
-    while (lock := try_lock(path)) is None:
-        if time.monotonic() > deadline:
-            raise ServiceUnavailable("another command has been staging this folder for an hour", hint="stop it, or wait for it")
-        time.sleep(0.2)
-    os.set_inheritable(lock, False)
-    return lock

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.cli_completion import complete_runs
+from flows.cli_store import format_bytes
 
 if TYPE_CHECKING:
     from blocks.pruning import Removal
@@ -97,12 +98,3 @@ def show_and_delete(removals: list[Removal], question: str, *, yes: bool) -> Non
         else:
             click.echo(f"left alone: run {removal.record.run_id} is in use again", err=True)
     click.echo(f"freed {format_bytes(freed)}")
-
-
-def format_bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

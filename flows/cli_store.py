@@ -76,13 +76,14 @@ def _eta(done: int, total: int, seconds: float) -> str:
 @click.argument("path")
 @STORE
 @click.option("--name", help="Name of the dataset in the store. Default: the folder's.")
+@click.option("--again", is_flag=True, help="Read and send everything anew, for a store that was damaged.")
 @AS_JSON
-def stage(path: str, store_uri: str, name: str | None, as_json: bool) -> None:
+def stage(path: str, store_uri: str, name: str | None, again: bool, as_json: bool) -> None:
     """Bring the folder PATH into a store. What the store has already is not sent again."""
     from blocks.staging import stage_folder
 
     ticker = Ticker()
-    staged = stage_folder(Path(path), store_uri, name, ticker.on_counts)
+    staged = stage_folder(Path(path), store_uri, name, ticker.on_counts, again=again)
     ticker.end()
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(staged)))

@@ -48,6 +48,7 @@ RESTARTED = "restarted"
 # What one run's look may run into; ValidationError for a record or a parameter that nobody can read.
 TROUBLE = (TrainyardError, ValidationError, httpx.HTTPError, PrefectException)
 CANCELLING = (StateType.CANCELLING, StateType.CANCELLED)
+STARTING = (StateType.PENDING, StateType.RUNNING)
 WAITING = (StateType.SCHEDULED, StateType.PAUSED)
 
 
@@ -85,13 +86,15 @@ def decide(sight: Sight) -> Decision:
         return Decision.FORGET
     if sight.flow_state in CANCELLING or sight.cancel_asked:
         return Decision.CANCEL
-    patience = START_PATIENCE if sight.flow_state is StateType.PENDING else SETTLE
+    # Scheduled again since the driver was last heard of: its new process may be on its way.
+    starts = sight.flow_state in STARTING and sight.driver_silent > sight.flow_state_age
+    patience = START_PATIENCE if starts else SETTLE
     if sight.flow_state in WAITING or sight.flow_state_age < patience:
         return Decision.LEAVE
     spends = not over and not sight.submitted
     if sight.restarts < MOST_RESTARTS and not (spends and sight.driver_silent > FRESH):
         return Decision.RESTART
-    return Decision.TEND if sight.has_record else Decision.FORGET
+    return Decision.TEND if sight.has_record and not over else Decision.FORGET
 
 
 def reconcile_pass() -> list[str]:

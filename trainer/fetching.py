@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -19,9 +18,19 @@ from typing import TYPE_CHECKING
 
 from trainer.contract import ExitCode, TrainerError
 from trainer.files import DISK_FULL, disk_full_error
-from trainer.locks import try_lock
-from trainer.packs import ManifestHeader, StagedFile, check_version, manifest_key, merge_manifests, merge_ranges, object_key, open_manifest
-from trainer.storage import open_store, told_plainly
+from trainer.locks import wait_for_lock
+from trainer.packs import (
+    STAGE_AGAIN,
+    ManifestHeader,
+    StagedFile,
+    check_version,
+    manifest_key,
+    merge_manifests,
+    merge_ranges,
+    object_key,
+    open_manifest,
+)
+from trainer.storage import folders_told_plainly, open_store, told_plainly
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -29,7 +38,6 @@ if TYPE_CHECKING:
 WORKERS = 8
 MAX_DEPTH = 64
 GAP_BYTES = 2**20  # a request costs about as much as this many bytes
-LOCK_LOOK_SECONDS = 0.5
 READ_BYTES = 2**20
 
 Progress = Callable[[int, int], None]
@@ -79,27 +87,31 @@ def fetch_version(store_uri: str, version: str, to: Path, on_progress: Progress 
     `on_progress` gets bytes done and bytes in all. Raises TrainerError: NOT_FOUND, DATA (damaged or hostile),
     DISK_FULL, OCCUPIED (`to` holds something else), PERMISSION and UNAVAILABLE from the store.
     """
+    with told_plainly(store_uri), folders_told_plainly():
+        return _fetch_locked(store_uri, version, to, on_progress)
+
+
+def _fetch_locked(store_uri: str, version: str, to: Path, on_progress: Progress | None) -> Fetched:
+    """One fetch at a time into a folder: concurrent trainers of a machine share it."""
     partial = to.with_name(f"{to.name}.partial-{version[:12]}")
-    lock = _wait_for_lock(to.with_name(f"{to.name}.lock"))
+    lock_path = to.with_name(f"{to.name}.lock")
+    store = open_store(store_uri)
+    lock = wait_for_lock(lock_path)
+    assert lock is not None, "it waits without end"
     try:
-        with told_plainly(store_uri):
-            store = open_store(store_uri)
-            header, files = read_version(store, version)
-            if to.exists() and any(to.iterdir()):
-                return Fetched(version, header.files, header.bytes, 0, 0) if _is_whole(to, files) else _refuse_occupied(to)
+        header, files = read_version(store, version)
+        if to.exists() and any(to.iterdir()):
+            got = Fetched(version, header.files, header.bytes, 0, 0) if _is_whole(to, files) else _refuse_occupied(to)
+        else:
             got = _fetch_into(store, header, list(files), partial, on_progress)
-        if to.exists():
-            to.rmdir()
-        partial.rename(to)
+            if to.exists():
+                to.rmdir()
+            partial.rename(to)
+        # Whoever waits for it finds the folder whole, so a lock that others cannot see any more does no harm.
+        lock_path.unlink(missing_ok=True)
         return got
     finally:
         os.close(lock)
-
-
-def _wait_for_lock(path: Path) -> int:
-    while (lock := try_lock(path)) is None:
-        time.sleep(LOCK_LOOK_SECONDS)  # another trainer of this machine fetches the same version
-    return lock
 
 
 def _refuse_occupied(to: Path) -> Fetched:
@@ -270,12 +282,12 @@ def _told_full(exc: OSError, path: Path, needed: int) -> OSError:
 
 
 def _missing(key: str) -> TrainerError:
-    return TrainerError(f"the store lacks {key}, which the manifest names", hint="stage the dataset again", code=ExitCode.DATA)
+    return TrainerError(f"the store lacks {key}, which the manifest names", hint=STAGE_AGAIN, code=ExitCode.DATA)
 
 
 def _wrong(key: str, file: StagedFile) -> TrainerError:
     return TrainerError(
         f"{file.path} in {key} is damaged: its sha256 is not {file.sha256.hex()[:12]}...",
-        hint="stage the dataset again",
+        hint=STAGE_AGAIN,
         code=ExitCode.DATA,
     )

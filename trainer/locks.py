@@ -8,8 +8,12 @@ life than a process id, which is reused. Linux and macOS.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
+import time
 from pathlib import Path
+
+LOOK_SECONDS = 0.05
 
 
 def try_lock(path: Path) -> int | None:
@@ -22,6 +26,16 @@ def try_lock(path: Path) -> int | None:
         os.close(descriptor)
         return None
     os.set_inheritable(descriptor, True)
+    return descriptor
+
+
+def wait_for_lock(path: Path, seconds: float = math.inf) -> int | None:
+    """As `try_lock`, once whoever holds it lets go; None where nobody has after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (descriptor := try_lock(path)) is None:
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(LOOK_SECONDS)
     return descriptor
 
 

@@ -34,6 +34,7 @@ MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 MAX_LINE_BYTES = 4 * MAX_PATH_BYTES + 512
 MAX_HEADER_BYTES = 64 * 2**20  # a header names its packs, some 70 bytes each
 END = bytes(2 * BLOCK)
+STAGE_AGAIN = "send it anew from its folder: trainyard dataset stage --again"
 
 
 class StagedFile(NamedTuple):
@@ -213,7 +214,7 @@ def _read_line(stream: gzip.GzipFile, most: int) -> bytes:
 def _damaged(version: str, why: str) -> TrainerError:
     return TrainerError(
         f"the manifest of dataset version {version[:12]} is damaged: {why}",
-        hint="stage the dataset again: trainyard dataset stage",
+        hint=STAGE_AGAIN,
         code=ExitCode.DATA,
     )
 

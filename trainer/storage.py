@@ -97,6 +97,22 @@ def told_plainly(uri: str) -> Iterator[None]:
         raise TrainerError(f"{uri}: {said}", hint="check the network, the endpoint and the credentials", code=ExitCode.UNAVAILABLE) from exc
 
 
+@contextlib.contextmanager
+def folders_told_plainly() -> Iterator[None]:
+    """The system's errors on this machine's own folders as a TrainerError: DISK_FULL, PERMISSION, else OCCUPIED."""
+    try:
+        yield
+    except OSError as exc:
+        if type(exc).__module__.startswith("obstore"):
+            raise  # of the store, and for `told_plainly` to explain
+        code = ExitCode.DISK_FULL if exc.errno in DISK_FULL else ExitCode.OCCUPIED
+        code = ExitCode.PERMISSION if isinstance(exc, PermissionError) else code
+        hint = (
+            "free some space, or choose another folder" if code is ExitCode.DISK_FULL else "mend its permissions, or choose another folder"
+        )
+        raise TrainerError(f"{exc.filename or 'a folder'}: {exc.strerror or exc}", hint=hint, code=code) from exc
+
+
 @lru_cache(maxsize=64)
 def _store(root: str) -> LocalStore:
     from obstore.store import LocalStore

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -250,6 +251,11 @@ def test_damage_is_refused_and_nothing_half_is_left(store_uri: str, source: Path
         fetch_version(store_uri, staged.version, tmp_path / "copy")
     assert refused.value.code in (ExitCode.DATA, ExitCode.NOT_FOUND, ExitCode.UNAVAILABLE)
     assert not (tmp_path / "copy").exists()
+    again = stage_folder(source, store_uri, again=True)
+    assert again.version == staged.version
+    fetch_version(store_uri, staged.version, tmp_path / "copy")
+    assert_same(source, tmp_path / "copy")
+    assert sorted(path.name for path in tmp_path.glob("copy*")) == ["copy"]
 
 
 def test_a_fetch_that_was_cut_goes_on(store_uri: str, source: Path, tmp_path: Path) -> None:
@@ -270,6 +276,38 @@ def test_a_folder_with_other_files_is_left_alone(store_uri: str, source: Path, t
     with pytest.raises(TrainerError, match="holds other files"):
         fetch_version(store_uri, staged.version, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["note.txt"]
+
+
+@pytest.mark.parametrize("to", ["/proc/none", "a file/below"])
+def test_a_place_that_cannot_be_written_is_one_error(store_uri: str, source: Path, tmp_path: Path, to: str) -> None:
+    staged = stage_folder(source, store_uri)
+    (tmp_path / "a file").touch()
+    with pytest.raises(TrainerError) as refused:
+        fetch_version(store_uri, staged.version, tmp_path / to)
+    assert refused.value.code in (ExitCode.OCCUPIED, ExitCode.PERMISSION)
+
+
+def test_a_large_file_that_changes_while_it_is_sent_is_not_kept(
+    store_uri: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import obstore
+
+    monkeypatch.setattr("blocks.staging.MEMORY_BYTES", 1000)
+    put = obstore.put
+
+    def meddling(store: Any, path: str, data: Any, **options: Any) -> Any:
+        if isinstance(data, Path):
+            data.write_bytes(b"other" * 300_000)
+        return put(store, path, data, **options)
+
+    monkeypatch.setattr(obstore, "put", meddling)
+    with pytest.raises(TrainerError, match="changed while it was staged"):
+        stage_folder(source, store_uri)
+    monkeypatch.setattr(obstore, "put", put)
+    assert not [key for key in objects(store_uri) if key.startswith("files/")]
+    staged = stage_folder(source, store_uri)
+    fetch_version(store_uri, staged.version, tmp_path / "copy")
+    assert_same(source, tmp_path / "copy")
 
 
 def test_names_and_versions_are_found(store_uri: str, source: Path) -> None:
