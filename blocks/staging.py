@@ -219,7 +219,8 @@ class _Stager:
                 send = send or partial(put_file, self.store, file_key(read.digest), self.root / read.path, read.stat)
                 self._submit(send, read.stat.size, [(read.digest, "", 0)])
             else:
-                self.pack.add(read.digest, read.content or b"")
+                assert read.content is not None, "what is packed fits into memory"
+                self.pack.add(read.digest, read.content)
                 if self.pack.size >= PACK_BYTES:
                     self._close_pack()
         self.cache.add_seen((read.path, read.stat, read.digest) for read in found)

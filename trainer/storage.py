@@ -74,6 +74,11 @@ def list_paths(store: ObjectStore, prefix: str) -> Iterator[str]:
     return (meta["path"] for page in pages for meta in page)
 
 
+def _disk_full_number(exc: Exception) -> int | None:
+    """obstore's errors have no errno; their text has the one of the system, as Rust writes it."""
+    return next((number for number in DISK_FULL if f"(os error {number})" in str(exc)), None)
+
+
 @contextlib.contextmanager
 def told_plainly(uri: str) -> Iterator[None]:
     """obstore's errors as a TrainerError: PERMISSION for a refused identity, NOT_FOUND, else UNAVAILABLE."""
@@ -93,6 +98,9 @@ def told_plainly(uri: str) -> Iterator[None]:
             raise TrainerError(
                 f"{uri}: there is no such bucket or container", hint="create it, or correct the URI", code=ExitCode.NOT_FOUND
             ) from exc
+        if _disk_full_number(exc) is not None:
+            hint = "free some space, or choose another folder"
+            raise TrainerError(f"{uri}: the disk is full", hint=hint, code=ExitCode.DISK_FULL) from exc
         said = text.rpartition(" - ")[2][:300]
         raise TrainerError(f"{uri}: {said}", hint="check the network, the endpoint and the credentials", code=ExitCode.UNAVAILABLE) from exc
 
@@ -181,13 +189,12 @@ class ObjectFolder:
 
     @contextlib.contextmanager
     def _full_disk_told(self, name: str, data: bytes) -> Iterator[None]:
-        """obstore's errors have no errno; its text ends with the one of the system, as Rust writes it."""
         from obstore.exceptions import BaseError
 
         try:
             yield
         except BaseError as exc:
-            number = next((number for number in DISK_FULL if f"(os error {number})" in str(exc)), None)
+            number = _disk_full_number(exc)
             if number is None:
                 raise
             raise disk_full_error(to_path(self.uri) / name, number, len(data)) from exc

@@ -292,7 +292,7 @@ def test_a_large_file_that_changes_while_it_is_sent_is_not_kept(
 ) -> None:
     import obstore
 
-    monkeypatch.setattr("blocks.staging.MEMORY_BYTES", 1000)
+    monkeypatch.setattr("blocks.staging.MEMORY_BYTES", LARGE_BYTES)
     put = obstore.put
 
     def meddling(store: Any, path: str, data: Any, **options: Any) -> Any:
