@@ -9,9 +9,9 @@ import hashlib
 import json
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, Field, JsonValue
+from pydantic import AwareDatetime, BaseModel, Field, JsonValue, model_validator
 
 from trainer.contract import (
     DatasetRef,
@@ -72,7 +72,10 @@ class TrainRequest(UserInput):
     """What a person asks for: one training. The parameters of the flow `train`, in one value."""
 
     dataset: str = form_field(
-        "Dataset", "Folder (absolute path) of images with labels: Ultralytics YOLO, COCO JSON or Pascal VOC.", min_length=1
+        "Dataset",
+        "Folder (absolute path) of images with labels: Ultralytics YOLO, COCO JSON or Pascal VOC. "
+        "Or a bucket URI (s3://bucket/images), or a staged dataset (s3://bucket/store#name).",
+        min_length=1,
     )
     profile: str = form_field("Profile", "Where to train: a saved profile. local: the worker's machine.", default="local", min_length=1)
     config: TrainConfig = form_field("Training", "Model, length and settings of the training.", default=TrainConfig())
@@ -88,10 +91,23 @@ class TrainRequest(UserInput):
         "Cost, at most (US$)", "A plan that could cost more US dollars is refused. Empty: no limit.", default=None, gt=0
     )
     max_attempts: int = form_field("Attempts, at most", "Attempts in all when machines are taken away or break.", default=3, ge=1, le=10)
+    stage: bool = form_field("Stage", "Bring a folder to the store first, as for a cloud. Off: it is read in place.", default=False)
+    store: str | None = form_field(
+        "Store", "Bucket URI or folder that datasets are staged to. Empty: the profile's, $TRAINYARD_STORE, or a folder.", default=None
+    )
+    labels: str | None = form_field(
+        "Labels", "For images in a bucket: folder or COCO file with their labels. Empty: the labels lie in the bucket.", default=None
+    )
     name: str | None = form_field("Name", "What people call the run. Empty: from dataset and model.", default=None, max_length=63)
     output: str | None = form_field("Output", "Folder or bucket URI that keeps the runs. Empty: the profile's.", default=None)
     project: str | None = form_field("Project", "Label in reports and on the provider's bill.", default=None, max_length=63)
     cost_centre: str | None = form_field("Cost centre", "Label in reports and on the provider's bill.", default=None, max_length=63)
+
+    @model_validator(mode="after")
+    def _labels_belong_to_a_bucket(self) -> Self:
+        if self.labels is not None and ("://" not in self.dataset or "#" in self.dataset):
+            raise ValueError("labels are for images in a bucket: the dataset is then a URI such as s3://bucket/images")
+        return self
 
 
 class JobSpec(UserInput):

@@ -6,15 +6,19 @@ A flow names a profile; `local` resolves in code, so that a first training needs
 from __future__ import annotations
 
 import asyncio
+import importlib
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from prefect.blocks.core import Block
 from pydantic import ConfigDict, Field
 
 from blocks import load_provider
-from blocks.errors import ConfigError
+from blocks.credentials import build_access
+from blocks.errors import ConfigError, MissingExtra
 from blocks.job import WatchPolicy
 from blocks.provider import Provider
+from trainer.store_access import StoreAccess
 
 
 class LocalProfile(Block):
@@ -29,6 +33,21 @@ class LocalProfile(Block):
     slots: int = Field(ge=1, le=64, description="Trainings at a time on this machine; others wait in a queue.")
     output: str | None = Field(default=None, description="Folder for runs. Empty: the runs folder in the user's home.")
     min_free_gib: float = Field(default=1.0, ge=0, description="Refuse to start with less free disk than this, in GiB.")
+    store: str | None = Field(
+        default=None, description="Bucket URI or folder that datasets are staged to. Empty: a folder of this machine."
+    )
+    store_endpoint: str | None = Field(
+        default=None, description="Address of an S3-compatible store (MinIO, R2, Ceph). Empty: the cloud's own."
+    )
+    store_credentials: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9-]+/[a-z0-9-]+$",
+        description="Saved credentials to stage with, as type/name: aws-credentials/prod, azure-blob-storage-credentials/prod. "
+        "Empty: the environment's. The training itself uses the identity of the machine it runs on.",
+    )
+    cache_limit_gib: float = Field(
+        default=50.0, gt=0, description="Datasets fetched from a store stay on this machine up to so many GiB; the least recently used go."
+    )
     stall_factor: float = Field(
         default=30.0, ge=3, le=10_000, description="A training is stalled after so many times the usual time of a step without a step."
     )
@@ -51,10 +70,41 @@ class LocalProfile(Block):
         return WatchPolicy(**{name: value for name, value in self.model_dump().items() if name in WatchPolicy.model_fields})
 
     def provider(self) -> Provider[Any]:
-        return load_provider("local", {"slots": self.slots, "min_free_gib": self.min_free_gib})
+        settings = {"slots": self.slots, "min_free_gib": self.min_free_gib, "cache_limit_gib": self.cache_limit_gib}
+        return load_provider("local", settings)
+
+    def store_access(self, uri: str) -> StoreAccess | None:
+        """How to reach the store from here; None where the environment says it. Raises ConfigError for credentials that do not fit."""
+        scheme = urlsplit(uri).scheme
+        if scheme == "file":
+            return None
+        if self.store_credentials:
+            return build_access(load_credentials(self.store_credentials), scheme, self.store_endpoint)
+        return StoreAccess(scheme=scheme, endpoint=self.store_endpoint) if self.store_endpoint else None
 
 
 PROFILES: tuple[type[LocalProfile], ...] = (LocalProfile,)
+
+
+CREDENTIALS = {"aws-credentials": "aws", "minio-credentials": "aws", "azure-blob-storage-credentials": "azure"}
+
+
+def load_credentials(slug: str) -> Any:
+    """The saved credential block ``type/name``, as its own class. Raises ConfigError where there is none, MissingExtra."""
+    kind = slug.partition("/")[0]
+    if kind not in CREDENTIALS:
+        raise ConfigError(f"{slug!r} is no kind of credentials for a store", hint=f"use one of {', '.join(sorted(CREDENTIALS))}")
+    # Importing the package registers its classes, which Block.load then finds by the type's name.
+    package = f"prefect_{CREDENTIALS[kind]}"
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as exc:
+        raise MissingExtra(package.replace("_", "-"), CREDENTIALS[kind]) from exc
+    try:
+        loaded = Block.load(slug)
+    except ValueError as exc:
+        raise ConfigError(f"no credentials are saved as {slug!r}", hint="save them in the Prefect UI under Blocks") from exc
+    return asyncio.run(loaded) if asyncio.iscoroutine(loaded) else loaded
 
 
 def load_profile(name: str) -> LocalProfile:

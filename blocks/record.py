@@ -137,6 +137,9 @@ class RunRecord:
 
     def dataset_ref(self) -> DatasetRef:
         """Raises RunNotFound where the run has no dataset, which is written before `run.json`."""
+        source = self._read(RunLayout.SOURCE, DatasetRef)
+        if source is not None:
+            return source
         index = self.dataset()
         if index is None:
             raise RunNotFound(f"the record of run {self.run_id} lacks its dataset index", hint="start a new run")
@@ -152,6 +155,10 @@ class RunRecord:
         """Stores the checked index unless one is there; returns its URI."""
         self.folder.create(RunLayout.DATASET, index.model_dump_json().encode())
         return f"{self.uri}/{RunLayout.DATASET}"
+
+    def write_source(self, source: DatasetRef) -> None:
+        """Stores which version of which store the run trains on, unless that is written."""
+        self._create(RunLayout.SOURCE, source)
 
     def attempts(self) -> list[int]:
         return sorted(int(name) for name in self.folder.names(RunLayout.ATTEMPTS) if name.isdigit() and self.plan(int(name)))

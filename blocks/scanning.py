@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +40,7 @@ class Scan:
     """One walk over a folder. ``left_out`` counts what was not followed or is no file, with an example of each kind."""
 
     root: Path
+    only: Sequence[str] | None = None  # these paths, sorted, and no others
     left_out: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
 
     def files(self) -> Iterator[tuple[str, Stat]]:
@@ -50,8 +51,22 @@ class Scan:
         if not self.root.is_dir():
             raise TrainerError(f"{self.root} is not a folder", hint="give the folder of the dataset", code=ExitCode.NOT_FOUND)
         self._real = os.path.realpath(self.root)
+        if self.only is not None:
+            yield from ((path, self._look_at_wanted(path)) for path in self.only)
+            return
         self._ignored = _read_ignored(self.root)
         yield from self._below(str(self.root), "")
+
+    def _look_at_wanted(self, path: str) -> Stat:
+        full = f"{self.root}/{path}"
+        try:
+            found = self._look(full, path)
+        except OSError as exc:
+            raise TrainerError(f"cannot read {full}: {exc.strerror}", hint="check the dataset again", code=ExitCode.DATA) from exc
+        if found is None:
+            message = f"{full} is a link that leads out of the folder, or no file"
+            raise TrainerError(message, hint="put the file itself there, or train without staging", code=ExitCode.DATA)
+        return found
 
     def _below(self, folder: str, prefix: str) -> Iterator[tuple[str, Stat]]:
         names: list[str] = []

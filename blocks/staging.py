@@ -11,7 +11,7 @@ import io
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -66,6 +66,7 @@ class Counts:
     """For whoever watches: files and bytes looked at for their content, and what of it was sent."""
 
     changed_files: int = 0
+    read_bytes: int = 0
     sent_bytes: int = 0
 
 
@@ -102,10 +103,17 @@ class Pack:
 
 
 def stage_folder(
-    root: Path, store_uri: str, name: str | None = None, on_progress: Callable[[Counts], None] | None = None, *, again: bool = False
+    root: Path,
+    store_uri: str,
+    name: str | None = None,
+    on_progress: Callable[[Counts], None] | None = None,
+    *,
+    only: Sequence[str] | None = None,
+    again: bool = False,
 ) -> Staged:
     """Makes the folder's files the newest version of the dataset `name` (default: the folder's name) in the store.
 
+    With `only`, sorted relative paths, these files and no others, whatever they are called.
     With `again` nothing that the store has is relied on: all is read and sent, which mends a damaged one.
     Raises TrainerError: NOT_FOUND, PERMISSION, DATA (names; a file that changes while it is read), UNAVAILABLE.
     """
@@ -116,7 +124,7 @@ def stage_folder(
     try:
         with told_plainly(store_uri), folders_told_plainly():
             stager = _Stager(root, open_store(store_uri), store_uri, name, cache, on_progress)
-            ref, scan = stager.run(again=again)
+            ref, scan = stager.run(Scan(root, only), again=again)
     finally:
         cache.close()
     counts = stager.counts
@@ -137,8 +145,7 @@ class _Stager:
         self.readers = ThreadPoolExecutor(READERS)
         self.senders = ThreadPoolExecutor(SENDERS)
 
-    def run(self, *, again: bool) -> tuple[Ref, Scan]:
-        scan = Scan(self.root)
+    def run(self, scan: Scan, *, again: bool) -> tuple[Ref, Scan]:
         ref, _ = read_ref(self.store, self.uri, self.name)
         base = self._distrust() if again else self._trust(ref)
         changed = self._send(self.cache.changes(scan.files(), distrust=not base))
@@ -211,6 +218,7 @@ class _Stager:
             return
         for read in found:
             self.counts.changed_files += 1
+            self.counts.read_bytes += read.stat.size
             if read.digest in self.pending or self.cache.find_placed(read.digest) is not None:
                 continue
             self.pending.add(read.digest)

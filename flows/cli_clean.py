@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.cli_completion import complete_runs
-from flows.cli_store import format_bytes
+from flows.staging_text import format_bytes
 
 if TYPE_CHECKING:
     from blocks.pruning import Removal

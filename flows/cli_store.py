@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flows.staging_text import describe_counts, describe_staged, format_bytes, format_eta, format_rate
+
 if TYPE_CHECKING:
-    from blocks.staging import Counts, Staged
+    from blocks.staging import Counts
 
 STORE = click.option(
     "--store",
@@ -24,14 +26,6 @@ STORE = click.option(
 )
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 SHOW_EVERY_SECONDS = 0.5
-
-
-def format_bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 class Ticker:
@@ -52,24 +46,14 @@ class Ticker:
             click.echo("\r\x1b[K", nl=False, err=True)
 
     def on_counts(self, counts: Counts) -> None:
-        self.show(
-            lambda seconds: (
-                f"{counts.changed_files} files read, {format_bytes(counts.sent_bytes)} sent, {_rate(counts.sent_bytes, seconds)}"
-            )
-        )
+        self.show(lambda seconds: describe_counts(counts, seconds))
 
     def on_bytes(self, done: int, total: int) -> None:
         self.show(
-            lambda seconds: f"{format_bytes(done)} of {format_bytes(total)}, {_rate(done, seconds)}, ETA {_eta(done, total, seconds)}"
+            lambda seconds: (
+                f"{format_bytes(done)} of {format_bytes(total)}, {format_rate(done, seconds)}, ETA {format_eta(done, total, seconds)}"
+            )
         )
-
-
-def _rate(size: int, seconds: float) -> str:
-    return f"{format_bytes(size / max(seconds, 1e-3))}/s"
-
-
-def _eta(done: int, total: int, seconds: float) -> str:
-    return f"{(total - done) * seconds / done:.0f} s" if done else "unknown"
 
 
 @click.command()
@@ -93,14 +77,6 @@ def stage(path: str, store_uri: str, name: str | None, again: bool, as_json: boo
         click.echo(f"left out: {count} {kind}, such as {example}")
 
 
-def describe_staged(staged: Staged) -> str:
-    reused = 1 - min(1.0, staged.sent_bytes / staged.bytes) if staged.bytes else 1.0
-    return (
-        f"{staged.name}: version {staged.version[:12]}, {staged.files} files, {format_bytes(staged.bytes)}; "
-        f"{format_bytes(staged.sent_bytes)} sent (reused {reused:.1%}) in {staged.seconds:.1f} s"
-    )
-
-
 @click.command()
 @click.argument("version")
 @STORE
@@ -118,7 +94,11 @@ def fetch(version: str, store_uri: str, folder: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(fetched), "folder": folder, "seconds": seconds}))
     else:
-        text = f"{fetched.fetched_files} fetched, {_rate(fetched.fetched_bytes, seconds)}" if fetched.fetched_files else "all there already"
+        text = (
+            f"{fetched.fetched_files} fetched, {format_rate(fetched.fetched_bytes, seconds)}"
+            if fetched.fetched_files
+            else "all there already"
+        )
         click.echo(f"{folder}: version {fetched.version[:12]}, {fetched.files} files, {format_bytes(fetched.bytes)}; {text}")
 
 

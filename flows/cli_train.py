@@ -62,7 +62,7 @@ def train(dataset: str, new: bool, run_key: str | None, as_json: bool, **options
 @click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
 def plan(dataset: str, emit: bool, as_json: bool, **options: Any) -> None:
     """Show what a training on DATASET would send, where and at what cost. Sends nothing."""
-    from flows.drafting import draft_plan
+    from flows.drafting import describe_draft_dataset, draft_plan
     from flows.reporting_text import format_cost, format_seconds
 
     drafted, index = draft_plan(build_request(dataset, options))
@@ -71,7 +71,7 @@ def plan(dataset: str, emit: bool, as_json: bool, **options: Any) -> None:
     elif as_json:
         click.echo(drafted.model_dump_json(indent=2))
     else:
-        click.echo(f"dataset   {index.name} ({index.format.value}), {len(index.images)} images, version {index.version[:12]}")
+        click.echo(f"dataset   {describe_draft_dataset(index, dataset)}")
         click.echo(f"provider  {drafted.provider}, {drafted.instance_type}, {drafted.region}")
         price = f"${drafted.price.usd_per_hour}/h ({drafted.price.source}, {drafted.price.as_of})" if drafted.price else "unknown"
         click.echo(
@@ -106,7 +106,8 @@ def resume(run: str, as_json: bool) -> None:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--epochs", default="15", show_default=True, help="Passes over the training split.")
-def demo(as_json: bool, epochs: str) -> None:
+@click.option("--stage/--no-stage", default=True, show_default=True, help="Go through a store, as a training on a cloud does.")
+def demo(as_json: bool, epochs: str, stage: bool) -> None:
     """Train a small detector on a synthetic set of shapes: about three minutes on two cores, no account, no GPU, no download."""
     from blocks.places import home
     from blocks.provider import describe_validation
@@ -116,7 +117,7 @@ def demo(as_json: bool, epochs: str) -> None:
     folder = write_shapes(home() / "demo" / "shapes")
     config = {**DEMO["config"], "epochs": epochs}  # type: ignore[dict-item]
     try:
-        request = TrainRequest.model_validate({"dataset": str(folder), **DEMO, "config": config})
+        request = TrainRequest.model_validate({"dataset": str(folder), **DEMO, "config": config, "stage": stage})
     except ValidationError as exc:
         raise ConfigError(describe_validation(exc)) from exc
     run_claimed(request, as_json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from blocks.dataset_sources import choose_store, dataset_name, is_uri
 from blocks.job import JobSpec, Plan, TrainRequest
 from blocks.naming import display_name
 from blocks.profiles import load_profile
@@ -15,21 +16,29 @@ from trainer.storage import to_uri
 DRAFT_RUN_ID = "draft"
 
 
-def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex]:
-    """The plan of a first attempt and the dataset it is for. Raises what the run would raise before it submits."""
+def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex | None]:
+    """The plan of a first attempt and the dataset it is for, None where that lies in a bucket: nothing is sent, so nobody knows it.
+
+    Raises what the run would raise before it submits.
+    """
     profile = load_profile(request.profile)
-    index = check_dataset(Path(request.dataset), task=request.config.task, split=request.split, max_problem_share=request.max_problem_share)
+    index = None
+    if not is_uri(request.dataset):
+        path = Path(request.dataset)
+        index = check_dataset(path, task=request.config.task, split=request.split, max_problem_share=request.max_problem_share)
     output_uri = to_uri(request.output or profile.output or default_output_uri())
+    name = index.name if index else dataset_name(request.dataset)
     spec = JobSpec(
         run_id=DRAFT_RUN_ID,
-        name=request.name or display_name(index.name, request.config.weights or request.config.model),
+        name=request.name or display_name(name, request.config.weights or request.config.model),
         config=request.config,
         dataset=DatasetRef(
-            root=index.root,
+            root=index.root if index else request.dataset,
             index_uri=f"{output_uri}/{DRAFT_RUN_ID}/{RunLayout.DATASET}",
-            version=index.version,
-            name=index.name,
-            image_count=len(index.images),
+            version=index.version if index else DRAFT_RUN_ID,
+            name=name,
+            image_count=len(index.images) if index else 0,
+            store_uri=None if index and not request.stage else choose_store(request, profile.store),
         ),
         resources=request.resources,
         output_uri=output_uri,
@@ -40,3 +49,9 @@ def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex]:
         profile=request.profile,
     )
     return profile.provider().plan(spec), index
+
+
+def describe_draft_dataset(index: DatasetIndex | None, dataset: str) -> str:
+    if index is None:
+        return f"{dataset}; read, and checked, where it trains"
+    return f"{index.name} ({index.format.value}), {len(index.images)} images, version {index.version[:12]}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,26 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import exponential_backoff
 
 from blocks.attempts import close, close_unsubmitted
+from blocks.dataset_sources import StoreChoice, choose_store, dataset_name, find_staged, is_uri, register, split_staged, stage_index
 from blocks.errors import AuthError, ConfigError, JobNotFound, PlanChanged, QuotaError, RunCancelled, TransientError
 from blocks.job import FailureReason, JobRef, JobSpec, JobState, JobStatus, Plan, TrainRequest
 from blocks.naming import display_name
-from blocks.profiles import load_profile
+from blocks.profiles import LocalProfile, load_profile
 from blocks.provider import Provider
 from blocks.record import Outcome, RunFile, RunRecord, describe_dataset_change, remember_output, request_hash
-from flows.reporting import ProgressReporter
+from flows.reporting import ProgressReporter, StagingReporter
 from flows.reporting_text import problem_line
+from flows.staging_text import describe_staged
 from flows.watching import Listener, StallGuard, watch
-from trainer.contract import ExitCode, TrainerError
+from trainer.contract import DatasetCheck, DatasetRef, ExitCode, RunLayout, TrainerError
 from trainer.dataset import DatasetIndex, check_dataset
+from trainer.store_access import access_to
 
 
 async def _is_transient(_task: object, _run: TaskRun, state: State[Any]) -> bool:
     result = await state.aresult(raise_on_failure=False)
-    return isinstance(result, TransientError)
+    away = isinstance(result, TrainerError) and result.code is ExitCode.UNAVAILABLE  # a store, after its own patience
+    return away or isinstance(result, TransientError)
 
 
 RETRIES: dict[str, Any] = {
@@ -55,8 +60,10 @@ def check_provider(provider: Provider[Any], output_uri: str) -> None:
 
 
 @task(name="dataset", task_run_name="dataset {request.dataset}", **RETRIES)
-def read_dataset(request: TrainRequest) -> DatasetIndex:
-    """The checked dataset. Raises TrainerError where the set is refused."""
+def read_dataset(request: TrainRequest) -> DatasetIndex | None:
+    """The checked dataset; None for one that lies in a store or bucket. Raises TrainerError where the set is refused."""
+    if is_uri(request.dataset):
+        return None  # the trainer checks it, which reads the images anyway
     path = Path(request.dataset)
     if not path.is_absolute():
         raise TrainerError(
@@ -92,17 +99,66 @@ def log_dataset(index: DatasetIndex) -> None:
         logger.info("note: %s", note)
 
 
-@task(name="open run", task_run_name="open run {record.run_id}", **RETRIES)
-def open_run(record: RunRecord, request: TrainRequest, provider: Provider[Any], flow_run_id: str, index: DatasetIndex | None) -> RunFile:
-    """The run's record: made with its dataset, or found (no index: it is there) and held against this request."""
+@task(name="stage", task_run_name="stage {request.dataset}", **RETRIES)
+def stage_dataset(
+    profile: LocalProfile,
+    request: TrainRequest,
+    record: RunRecord,
+    index: DatasetIndex | None,
+    listener: Callable[[RunRecord, JobStatus], None],
+) -> DatasetRef:
+    """The version in a store that the run trains on: found there, or brought there. Nothing that the store has travels again."""
+    uri = choose_store(request, profile.store)
+    access = profile.store_access(uri)
+    with access_to(access):
+        return _stage(StoreChoice(uri, access.endpoint if access else None), request, record, index, listener)
+
+
+def _stage(
+    store: StoreChoice,
+    request: TrainRequest,
+    record: RunRecord,
+    index: DatasetIndex | None,
+    listener: Callable[[RunRecord, JobStatus], None],
+) -> DatasetRef:
+    logger = get_run_logger()
+    index_uri = f"{record.uri}/{RunLayout.DATASET}"
+    check = DatasetCheck(split=request.split, max_problem_share=request.max_problem_share)
     if index is not None:
-        # The dataset first: a run that exists has one.
+        teller = StagingReporter(record, logger, listener, total=sum(file.bytes for file in (*index.images, *index.label_files)))
+        ref, staged = stage_index(index, store, index_uri, teller.on_counts)
+        logger.info("staged to %s: %s", store.uri, describe_staged(staged))
+    elif split_staged(request.dataset):
+        ref = find_staged(request.dataset, store.endpoint, index_uri, check)
+        logger.info("trains on version %s of %s, %d files", ref.version[:12], request.dataset, ref.image_count)
+    else:
+        ref, staged = register(request, store, index_uri, check)
+        logger.info("registered in %s, no image moved: %s", store.uri, describe_staged(staged))
+    # Before the run is written down: from here on no collection takes the version away.
+    pin_version(store.uri, record.run_id, ref.version)
+    return ref
+
+
+@task(name="open run", task_run_name="open run {record.run_id}", **RETRIES)
+def open_run(
+    record: RunRecord,
+    request: TrainRequest,
+    provider: Provider[Any],
+    flow_run_id: str,
+    index: DatasetIndex | None = None,
+    source: DatasetRef | None = None,
+) -> RunFile:
+    """The run's record: made with its dataset, or found (neither index nor source: it is there) and held against this request."""
+    # The dataset first: a run that exists has one.
+    if index is not None:
         record.write_dataset(index)
-        remember_output(record.output_uri)
+    if source is not None:
+        record.write_source(source)
+    remember_output(record.output_uri)
     return record.open(
         RunFile(
             run_id=record.run_id,
-            name=request.name or display_name(Path(request.dataset).stem, request.config.weights or request.config.model),
+            name=request.name or display_name(dataset_name(request.dataset), request.config.weights or request.config.model),
             request=request.model_dump(mode="json"),
             request_hash=request_hash(request),
             provider=provider.NAME,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
@@ -20,6 +20,7 @@ from prefect.runtime import flow_run as current_flow_run
 
 from blocks.job import JobState, JobStatus, Result
 from blocks.record import RunFile, RunRecord
+from blocks.staging import Counts
 from flows.identity import record_of_flow_run
 from flows.reporting_text import (
     best_of,
@@ -35,6 +36,7 @@ from flows.reporting_text import (
     replace_tags,
     running_tags,
 )
+from flows.staging_text import describe_counts
 from trainer.contract import AttemptLayout, RunLayout
 from trainer.files import read_json
 from trainer.storage import to_path
@@ -46,12 +48,15 @@ PROGRESS_KEY = "training-progress"
 METRICS_KEY = "training-metrics"
 REPORT_KEY = "training-report"
 MODEL_KEY = "trained-model"
+STAGING_KEY = "dataset-staging"
 
 # Epochs of a tenth of a second are not told one by one.
 TELL_SECONDS = 2.0
 # What telling costs the machine, which may be the one that trains, stays below this share of the time.
 TELL_SHARE = 0.03
 MOST_TELL_SECONDS = 30.0
+STAGING_TELL_SECONDS = 0.5
+STAGING_LOG_SECONDS = 5.0
 
 
 @contextmanager
@@ -127,6 +132,30 @@ class ProgressReporter:
             page.put(METRICS_KEY, "table", json.dumps(epoch_table(epochs)), f"{best_of(epochs)} ({run.name})")
             page.put(REPORT_KEY, "markdown", build_running_report(run, status, epochs), line)
             page.tag(running_tags(status))
+
+
+class StagingReporter:
+    """Tells the log, and whoever listens, how far a staging is: at most every few seconds."""
+
+    def __init__(self, record: RunRecord, logger: Logger, listener: Callable[[RunRecord, JobStatus], None], *, total: int) -> None:
+        self.record = record
+        self.logger = logger
+        self.listener = listener
+        self.total = total
+        self.started = self.told_at = self.logged_at = time.monotonic()
+
+    def on_counts(self, counts: Counts) -> None:
+        now = time.monotonic()
+        if now - self.told_at < STAGING_TELL_SECONDS:
+            return
+        self.told_at = now
+        line = f"staging: {describe_counts(counts, now - self.started, self.total)}"
+        self.listener(self.record, JobStatus(state=JobState.STARTING, native_state="staging", message=line))
+        if now - self.logged_at >= STAGING_LOG_SECONDS:
+            self.logged_at = now
+            self.logger.info(line)
+            with best_effort(self.logger), run_page(current_flow_run.id) as page:
+                page.put(STAGING_KEY, "progress", min(100.0, 100.0 * counts.read_bytes / self.total) if self.total else 0.0, line)
 
 
 def publish_report(record: RunRecord, run: RunFile, result: Result, logger: Logger) -> None:

@@ -22,6 +22,9 @@ REQUEST_OPTIONS = (
     "max_runtime_seconds",
     "max_cost_usd",
     "max_attempts",
+    "stage",
+    "store",
+    "labels",
     "output",
     "name",
     "project",
@@ -84,8 +87,7 @@ def build_request(dataset: str, options: dict[str, Any]) -> TrainRequest:
         config["model_params"] = {**config.get("model_params", {}), **dict(parse_pair(pair) for pair in options["model_param"])}
     config |= {name: absolute(config[name]) for name in ("weights", "model") if isinstance(config.get(name), str)}
     values |= {"dataset": absolute_path(dataset), "config": config, "split": split}
-    if isinstance(values.get("output"), str):
-        values["output"] = absolute_path(values["output"])
+    values |= {name: absolute_path(values[name]) for name in ("output", "store", "labels") if isinstance(values.get(name), str)}
     try:
         return TrainRequest.model_validate(values)
     except ValidationError as exc:
@@ -96,11 +98,14 @@ def build_request(dataset: str, options: dict[str, Any]) -> TrainRequest:
 
 def require_files(request: TrainRequest) -> None:
     """What is not there is said at once, before Prefect is loaded and a temporary server started."""
-    if not Path(request.dataset).exists():
+    if "://" not in request.dataset and not Path(request.dataset).exists():
         raise TrainerError(f"there is no dataset at {request.dataset}", hint="give the folder of the dataset", code=ExitCode.NOT_FOUND)
+    if request.labels is not None and not Path(request.labels).exists():
+        hint = "give the folder or COCO file that holds the labels"
+        raise TrainerError(f"labels: there is nothing at {request.labels}", hint=hint, code=ExitCode.NOT_FOUND)
     for name in ("weights", "model"):
         value = getattr(request.config, name)
-        if value is not None and "/" in value and not Path(value).is_file():
+        if value is not None and "/" in value and "://" not in value and not Path(value).is_file():
             hint = "give a file that exists, or a published name such as yolo11n.pt"
             raise TrainerError(f"{name}: there is no file {value}", hint=hint, code=ExitCode.NOT_FOUND)
 

@@ -18,11 +18,12 @@ from prefect.runtime import flow_run as current_flow_run
 from prefect.states import Cancelled, Completed
 
 from blocks.attempts import Action, Step, may_resume, next_step_of, result_of
+from blocks.dataset_sources import dataset_name
 from blocks.driving import Heartbeat, driving
 from blocks.errors import RunCancelled
 from blocks.job import JobSpec, JobStatus, Resources, Result, TrainRequest, form_field
 from blocks.naming import display_name
-from blocks.profiles import load_profile
+from blocks.profiles import LocalProfile, load_profile
 from blocks.provider import Provider
 from blocks.record import RunFile, RunRecord, default_output_uri
 from flows import job_tasks, reporting
@@ -53,7 +54,7 @@ def name_flow_run() -> str:
 def build_flow_run_name() -> str:
     parameters = current_flow_run.parameters
     config = TrainConfig.model_validate(parameters.get("config") or {})
-    name = parameters.get("name") or display_name(str(parameters["dataset"]).rstrip("/").rsplit("/", 1)[-1], config.weights or config.model)
+    name = parameters.get("name") or display_name(dataset_name(str(parameters["dataset"])), config.weights or config.model)
     run_id = choose_run_id(parameters.get("run_id"), parameters.get("run_key"), str(current_flow_run.id))
     return f"{name}-{run_id[:6]}"
 
@@ -78,6 +79,9 @@ def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Pr
     max_runtime_seconds: Annotated[int, ASKED["max_runtime_seconds"]] = 86_400,
     max_cost_usd: Annotated[float | None, ASKED["max_cost_usd"]] = None,
     max_attempts: Annotated[int, ASKED["max_attempts"]] = 3,
+    stage: Annotated[bool, ASKED["stage"]] = False,
+    store: Annotated[str | None, ASKED["store"]] = None,
+    labels: Annotated[str | None, ASKED["labels"]] = None,
     name: Annotated[str | None, ASKED["name"]] = None,
     output: Annotated[str | None, ASKED["output"]] = None,
     project: Annotated[str | None, ASKED["project"]] = None,
@@ -101,6 +105,9 @@ def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Pr
         max_runtime_seconds=max_runtime_seconds,
         max_cost_usd=max_cost_usd,
         max_attempts=max_attempts,
+        stage=stage,
+        store=store,
+        labels=labels,
         output=output,
         name=name,
         project=project,
@@ -108,7 +115,6 @@ def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Pr
     )
     flow_run_id = str(current_flow_run.id)
     saved = load_profile(profile)
-    provider = saved.provider()
     output_uri = output or saved.output or default_output_uri()
     identity = choose_run_id(run_id, run_key, flow_run_id)
     record = RunRecord(output_uri, identity)
@@ -117,7 +123,7 @@ def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Pr
     deployed = deployment.id is not None
     with driving(record, flow_run_id, deployed=deployed, max_attempts=max_attempts) as beat:
         try:
-            run, result = go_through(provider, record, request, flow_run_id, beat, resume=resume)
+            run, result = go_through(saved, record, request, flow_run_id, beat, resume=resume)
         except TerminationSignal:
             stop_if_cancelled(record, flow_run_id)
             raise
@@ -139,16 +145,19 @@ def end_as_cancelled(message: str) -> State[Any]:
 
 
 def go_through(
-    provider: Provider[Any], record: RunRecord, request: TrainRequest, flow_run_id: str, beat: Heartbeat, *, resume: bool
+    profile: LocalProfile, record: RunRecord, request: TrainRequest, flow_run_id: str, beat: Heartbeat, *, resume: bool
 ) -> tuple[RunFile, Result]:
     """From whatever the record holds to the result."""
-    index = None
+    provider = profile.provider()
+    listener = LISTENER.get()
+    index = source = None
     if not record.exists():
         # What is refused is refused before anything is written.
         job_tasks.check_provider(provider, record.output_uri)
         index = job_tasks.read_dataset(request)
-    run = job_tasks.open_run(record, request, provider, flow_run_id, index)
-    listener = LISTENER.get()
+        if request.stage or index is None:
+            source = job_tasks.stage_dataset(profile, request, record, index, listener)
+    run = job_tasks.open_run(record, request, provider, flow_run_id, index, source)
 
     def on_status(status: JobStatus) -> None:
         if beat():

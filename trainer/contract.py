@@ -18,7 +18,7 @@ from trainer.records import STORED as STORED  # noqa: PLC0414 - the launcher has
 from trainer.records import StoredRecord, UserInput
 from trainer.records import unknown_name_message as unknown_name_message  # noqa: PLC0414 - the launcher has it from here
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2  # 2: datasets in a store
 
 
 def utc_now() -> datetime:
@@ -117,14 +117,26 @@ class SplitConfig(UserInput):
         return value
 
 
+class DatasetCheck(StoredRecord):
+    """How the trainer checks a dataset that nobody could read before it."""
+
+    split: SplitConfig = SplitConfig()
+    max_problem_share: float = 0.05
+
+
 class DatasetRef(StoredRecord):
-    """A checked dataset: where its files lie and which version of them. The index names every image and box."""
+    """A dataset: where its files lie and which version of them. The index names every image and box."""
 
     root: str = Field(description="Folder that the index's paths are relative to.")
     index_uri: str = Field(description="The DatasetIndex as JSON.")
     version: str = Field(description="sha256 over the paths and contents of all files used.")
     name: str
     image_count: int
+    store_uri: str | None = Field(
+        default=None, description="Store that holds the staged version. None: the files at root are read in place."
+    )
+    store_endpoint: str | None = Field(default=None, description="Address of a store that is not its cloud's own.")
+    check: DatasetCheck | None = Field(default=None, description="The trainer makes the index, once it has the files.")
 
 
 class TrainJob(StoredRecord):
@@ -136,6 +148,8 @@ class TrainJob(StoredRecord):
     name: str
     config: TrainConfig
     dataset: DatasetRef
+    cache_dir: str | None = Field(default=None, description="Where this machine keeps fetched datasets. None: for this job alone.")
+    cache_limit_gib: float | None = Field(default=None, description="Least recently used versions leave the cache above this.")
     fingerprint: str = ""
 
 
@@ -324,6 +338,7 @@ class RunLayout:
 
     RUN = "run.json"
     DATASET = "dataset.json"
+    SOURCE = "source.json"
     CANCEL = "cancel.json"
     REPORT = "report.md"
     ATTEMPTS = "attempts"

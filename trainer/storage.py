@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from trainer.contract import ExitCode, TrainerError
 from trainer.files import DISK_FULL, disk_full_error
+from trainer.store_access import store_options
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -49,8 +50,8 @@ def to_path(uri: str) -> Path:
 def open_store(uri: str) -> ObjectStore:
     """The store below a URI: ``file:// s3:// gs:// az://``, or a local path.
 
-    Credentials and endpoint come from the environment, by the names that each cloud's own tools read
-    (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ``AZURE_STORAGE_ACCOUNT_NAME`` ...), or are the machine's identity.
+    Credentials and endpoint are those of `store_access.access_to`; else they come from the environment, by the names that each
+    cloud's own tools read (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ``AZURE_STORAGE_ACCOUNT_NAME`` ...), or are the machine's identity.
     Raises TrainerError (CONFIG) for another scheme.
     """
     from obstore.store import from_url
@@ -62,8 +63,11 @@ def open_store(uri: str) -> ObjectStore:
     if scheme not in REMOTE_SCHEMES:
         raise TrainerError(f"{uri!r} is no object store", hint="use s3://, az://, gs://, file:// or a folder", code=ExitCode.CONFIG)
     # Plain HTTP only where somebody has named such an endpoint, as for a store in the same network.
-    plain = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)
-    return from_url(uri, client_options={"allow_http": plain}, retry_config={"max_retries": 10, "retry_timeout": RETRY_FOR})
+    options = store_options(uri)
+    plain = any(
+        address.startswith("http://") for address in (options.get("endpoint", ""), *(os.environ.get(name, "") for name in ENDPOINTS))
+    )
+    return from_url(uri, client_options={"allow_http": plain}, retry_config={"max_retries": 10, "retry_timeout": RETRY_FOR}, **options)
 
 
 def list_paths(store: ObjectStore, prefix: str) -> Iterator[str]:

@@ -14,9 +14,8 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -32,15 +31,12 @@ from trainer.contract import (
     TrainerError,
     TrainJob,
 )
+from trainer.dataset_source import open_data
 from trainer.files import DISK_FULL, write_json
 from trainer.frameworks import FitContext, FrameworkTrainer, get_trainer
 from trainer.progress import ProgressWriter
 from trainer.result import build_manifest, choose_samples, write_evaluation, write_metrics, write_samples
 from trainer.stopping import Stopper, StopRequested
-from trainer.storage import to_path
-
-if TYPE_CHECKING:
-    from trainer.dataset import DatasetIndex
 
 PHASES = "phases.json"
 log = logging.getLogger("trainer")
@@ -85,26 +81,6 @@ def read_job(layout: AttemptLayout) -> TrainJob:
     return job
 
 
-def read_index(job: TrainJob) -> DatasetIndex:
-    """The dataset's index. Raises TrainerError (DATA) where it is missing or of another version than the job's."""
-    from trainer.dataset import DatasetIndex
-
-    path = to_path(job.dataset.index_uri)
-    try:
-        index = DatasetIndex.model_validate_json(path.read_bytes())
-    except FileNotFoundError as exc:
-        raise TrainerError(f"the dataset's index {path} does not exist", hint="check the dataset again", code=ExitCode.DATA) from exc
-    except ValidationError as exc:
-        raise TrainerError(f"{path} is not a dataset index", hint="check the dataset again", code=ExitCode.DATA) from exc
-    if index.version != job.dataset.version:
-        raise TrainerError(
-            f"the index describes dataset version {index.version[:12]}, the job asks for {job.dataset.version[:12]}",
-            hint="check the dataset again and start a new run",
-            code=ExitCode.DATA,
-        )
-    return index
-
-
 def refuse_newer_attempt(layout: AttemptLayout) -> None:
     """Raises TrainerError (OCCUPIED) where a later attempt of the run was planned: its result counts, not this one's."""
     others = [AttemptLayout(path) for path in layout.folder.parent.iterdir() if path.name.isdigit()]
@@ -137,6 +113,7 @@ def fit(layout: AttemptLayout, stopper: Stopper | None = None) -> ResultManifest
     Also for use inside another process. Raises TrainerError for expected failures and StopRequested when stopped.
     """
     layout = AttemptLayout(layout.folder.absolute())
+    stopper = stopper or Stopper()
     clock = PhaseClock(layout / PHASES)
     job = read_job(layout)
     for name in (AttemptLayout.FAILURE, AttemptLayout.MANIFEST):
@@ -144,17 +121,17 @@ def fit(layout: AttemptLayout, stopper: Stopper | None = None) -> ResultManifest
     progress = ProgressWriter(layout, attempt=job.attempt, epochs=job.config.epochs)
     progress.update(message="reading the dataset's index")
     shutil.rmtree(layout / AttemptLayout.WORK, ignore_errors=True)  # of a fit of this attempt that was killed
+
+    def tell(message: str) -> None:
+        stopper.check()
+        progress.update(at_most_every_second=True, message=message)
+
     try:
-        index = read_index(job)
-        context = FitContext(
-            job=job,
-            index=index,
-            data_root=to_path(job.dataset.root),
-            layout=layout,
-            progress=progress,
-            stopper=stopper or Stopper(),
-        )
-        return _fit(context, clock)
+        with ExitStack() as stack:
+            with clock.phase("fetching"):
+                data = stack.enter_context(open_data(job, layout, tell))
+            context = FitContext(job=job, index=data.index, data_root=data.root, layout=layout, progress=progress, stopper=stopper)
+            return _fit(context, clock)
     finally:
         shutil.rmtree(layout / AttemptLayout.WORK, ignore_errors=True)
 

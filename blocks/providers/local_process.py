@@ -57,6 +57,7 @@ class LocalSettings(UserInput):
     python: str = Field(default=sys.executable, description="Interpreter that has the `train` extra.")
     slots: int = Field(default=1, ge=1, le=64, description="Trainings at a time on this machine; others wait.")
     min_free_gib: float = Field(default=1.0, ge=0, description="Refuse to start with less free disk than this.")
+    cache_limit_gib: float = Field(default=50.0, gt=0, description="Least recently used datasets leave this machine's cache above this.")
     grace_seconds: float = Field(
         default=8.0, ge=1, le=120, description="Time to save a checkpoint between being asked to stop and being killed."
     )
@@ -188,6 +189,8 @@ class LocalProvider(Provider[LocalSettings]):
 def build_request(spec: JobSpec, settings: LocalSettings) -> dict[str, JsonValue]:
     """The supervisor's command line and the job it reads. No clock, no environment."""
     folder = str(to_path(spec.attempt_uri))
+    staged = spec.dataset.store_uri is not None
+    cache: dict[str, JsonValue] = {"cache_dir": str(settings.home / "cache"), "cache_limit_gib": settings.cache_limit_gib} if staged else {}
     argv: list[JsonValue] = [
         # -P: the working directory, which may have a `trainer` of its own, stays off the import path.
         *(settings.python, "-P", "-m", "trainer"),
@@ -204,7 +207,8 @@ def build_request(spec: JobSpec, settings: LocalSettings) -> dict[str, JsonValue
             "attempt": spec.attempt,
             "name": spec.name,
             "config": spec.config.model_dump(mode="json"),
-            "dataset": spec.dataset.model_dump(mode="json"),
+            "dataset": spec.dataset.model_dump(mode="json", exclude_none=True),
+            **cache,
         },
     }
 

@@ -34,6 +34,7 @@ REQUIRED: dict[str, set[str]] = {
         *("config_hash", "config", "dataset_version", "best_epoch", "best_sha256"),
     },
     "Claim": {"run_id", "holders"},
+    "DatasetCheck": set(),
     "DatasetIndex": {"name", "root", "format", "task", "classes", "images", "label_files", "version", "split_sources"},
     "DatasetRef": {"root", "index_uri", "version", "name", "image_count"},
     "Driver": {"flow_run_id", "host", "pid", "pid_created_at"},
@@ -69,7 +70,10 @@ REQUIRED: dict[str, set[str]] = {
 
 TIME = "2026-11-23T10:00:00Z"
 FILES = {"model/model.pt": {"sha256": "a" * 64, "bytes": 3}}
-DATASET = {"root": "/d", "index_uri": "file:///d.json", "version": "v", "name": "shapes", "image_count": 2}
+DATASET = {
+    **{"root": "/d", "index_uri": "file:///d.json", "version": "v", "name": "shapes", "image_count": 2},
+    **{"store_uri": "file:///s", "check": {"max_problem_share": 0.1}},
+}
 CONFIG = {"model": "yolo11n", "epochs": 3, "batch_size": "auto", "model_params": {"mosaic": 0.5}, "augmentations": [{"transform": "Blur"}]}
 SPEC = {
     **{"run_id": "abcd", "name": "n", "config": CONFIG, "dataset": DATASET, "output_uri": "file:///o"},
@@ -96,6 +100,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
         **{"dataset_version": "v", "best_epoch": 1, "best_sha256": "a", "progress": PROGRESS},
     },
     "Claim": {"run_id": "abcd", "holders": [DRIVER]},
+    "DatasetCheck": {"split": {"val": 0.2}, "max_problem_share": 0.1},
     "DatasetIndex": {
         **{"name": "d", "root": "/d", "format": "yolo", "task": "object-detection", "classes": ["a"], "version": "v"},
         "images": [

@@ -114,7 +114,7 @@ def test_metrics_and_evaluation_describe_the_test_split(finished: AttemptLayout)
 def test_what_the_fit_needed_is_gone_and_what_it_measured_stays(finished: AttemptLayout) -> None:
     assert not (finished / AttemptLayout.WORK).exists()
     assert not (finished / AttemptLayout.FAILURE).exists()
-    assert read(finished, task.PHASES).keys() == {"importing", "preparing", "training", "evaluating", "finishing"}
+    assert read(finished, task.PHASES).keys() == {"fetching", "importing", "preparing", "training", "evaluating", "finishing"}
 
 
 def test_a_checkpoint_of_the_last_epoch_is_only_finished(finished: AttemptLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,119 @@
+"""Where a run's dataset comes from: a folder read in place, a folder staged to a store, a version in a store, or a bucket."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from blocks.job import TrainRequest
+from blocks.places import home
+from blocks.refs import NAME
+from blocks.staging import Counts, Staged, stage_folder
+from trainer.contract import DatasetCheck, DatasetRef, ExitCode, TrainerError
+from trainer.dataset import DatasetIndex
+from trainer.storage import to_uri
+
+ENV_STORE = "TRAINYARD_STORE"
+SUFFIX = ".used"  # of the name in the store: the files that trainings use, beside a folder that was staged whole under its own name
+
+OnCounts = Callable[[Counts], None]
+
+
+@dataclass(frozen=True)
+class StoreChoice:
+    """Where to stage, and the address of a store that is not its cloud's own."""
+
+    uri: str
+    endpoint: str | None = None
+
+
+def is_uri(dataset: str) -> bool:
+    return "://" in dataset
+
+
+def split_staged(dataset: str) -> tuple[str, str] | None:
+    """Store and version of ``s3://bucket/datasets#cells``, a dataset that lies staged in a store; None of anything else."""
+    uri, hash_sign, name = dataset.partition("#")
+    return (uri.rstrip("/"), unquote(name)) if is_uri(dataset) and hash_sign and name else None
+
+
+def choose_store(request: TrainRequest, profile_store: str | None) -> str:
+    """The request's store, else the profile's, $TRAINYARD_STORE, or a folder of this machine."""
+    return to_uri(request.store or profile_store or os.environ.get(ENV_STORE) or home() / "store")
+
+
+def dataset_name(dataset: str) -> str:
+    """What people call it: the folder's or file's name; of a URI its last folder, or the staged dataset's name."""
+    if not is_uri(dataset):
+        return Path(dataset).stem
+    staged, parts = split_staged(dataset), urlsplit(dataset)
+    return staged[1] if staged else unquote(parts.path.rstrip("/").rsplit("/", 1)[-1]) or parts.netloc
+
+
+def stage_index(index: DatasetIndex, store: StoreChoice, index_uri: str, on_counts: OnCounts | None = None) -> tuple[DatasetRef, Staged]:
+    """Brings the files that an index names to the store, and only them: the version there is the index's.
+
+    Raises what `stage_folder` raises, and TrainerError (DATA) where the files are not what they were when they were checked.
+    """
+    paths = sorted({file.path for file in (*index.images, *index.label_files)})
+    name = f"{index.name[:80]}{SUFFIX}" if NAME.fullmatch(index.name[:80]) else f"dataset{SUFFIX}"
+    staged = stage_folder(Path(index.root), store.uri, name, on_counts, only=paths)
+    if staged.version != index.version:
+        raise TrainerError(
+            f"{index.root} changed between its check and its staging: it is version {staged.version[:12]} now, not {index.version[:12]}",
+            hint="run it again when nothing writes to the folder",
+            code=ExitCode.DATA,
+        )
+    ref = DatasetRef(
+        root=index.root,
+        index_uri=index_uri,
+        version=index.version,
+        name=index.name,
+        image_count=len(index.images),
+        store_uri=store.uri,
+        store_endpoint=store.endpoint,
+    )
+    return ref, staged
+
+
+def find_staged(dataset: str, endpoint: str | None, index_uri: str, check: DatasetCheck) -> DatasetRef:
+    """The version that ``STORE#NAME`` means now; the trainer checks its images. Raises TrainerError: NOT_FOUND, CONFIG."""
+    from blocks.refs import resolve_version
+    from trainer.fetching import read_version
+    from trainer.storage import open_store, told_plainly
+
+    found = split_staged(dataset)
+    assert found is not None, "callers ask for staged datasets only"
+    uri, wanted = found
+    with told_plainly(uri):
+        store = open_store(uri)
+        version = resolve_version(store, uri, wanted)
+        header, _ = read_version(store, version)
+    return _checked_later(dataset, version, header.files, StoreChoice(uri, endpoint), index_uri, check)
+
+
+def register(
+    request: TrainRequest, store: StoreChoice, index_uri: str, check: DatasetCheck, on_progress: Callable[[int], None] | None = None
+) -> tuple[DatasetRef, Staged]:
+    """A manifest over the objects of a bucket, with labels from a folder or COCO file where they are given; no image moves."""
+    from blocks.registering import register_uri
+
+    labels = Path(request.labels) if request.labels else None
+    staged = register_uri(request.dataset, store.uri, labels=labels, name=None, on_progress=on_progress)
+    return _checked_later(request.dataset, staged.version, staged.files, store, index_uri, check), staged
+
+
+def _checked_later(dataset: str, version: str, files: int, store: StoreChoice, index_uri: str, check: DatasetCheck) -> DatasetRef:
+    return DatasetRef(
+        root=dataset,
+        index_uri=index_uri,
+        version=version,
+        name=dataset_name(dataset),
+        image_count=files,
+        store_uri=store.uri,
+        store_endpoint=store.endpoint,
+        check=check,
+    )

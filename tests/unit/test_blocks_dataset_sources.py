@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from blocks.dataset_sources import StoreChoice, choose_store, dataset_name, split_staged, stage_index
+from blocks.job import TrainRequest
+from blocks.refs import list_refs
+from tests.datasets import yolo
+from trainer.contract import ExitCode, TrainerError
+from trainer.dataset import check_dataset
+from trainer.fetching import fetch_version
+from trainer.storage import open_store
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TRAINYARD_STORE", raising=False)
+
+
+def make_cells(folder: Path) -> Path:
+    root = yolo(folder / "cells", "images/{split}")
+    (root / "data.yaml").write_text("names: [cell]\ntrain: images/train\nval: images/val\ntest: images/test\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("dataset", "staged"),
+    [
+        ("s3://bucket/store#cells", ("s3://bucket/store", "cells")),
+        ("s3://bucket/store/#cells%20new", ("s3://bucket/store", "cells new")),
+        ("s3://bucket/images", None),
+        ("s3://bucket/images#", None),
+        ("/data/set#1", None),
+    ],
+)
+def test_a_staged_dataset_is_named_behind_the_hash(dataset: str, staged: tuple[str, str] | None) -> None:
+    assert split_staged(dataset) == staged
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [("/data/cells", "cells"), ("/data/cells/data.yaml", "data"), ("s3://b/a/cells/", "cells"), ("s3://b", "b"), ("az://b/s#red", "red")],
+)
+def test_a_dataset_has_a_name_for_people(dataset: str, name: str) -> None:
+    assert dataset_name(dataset) == name
+
+
+def test_the_nearest_choice_of_a_store_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = TrainRequest(dataset="/d")
+    assert choose_store(request, None) == (tmp_path / "home/store").as_uri()
+    monkeypatch.setenv("TRAINYARD_STORE", "s3://of-the-environment")
+    assert choose_store(request, None) == "s3://of-the-environment"
+    assert choose_store(request, "s3://of-the-profile/") == "s3://of-the-profile"
+    assert choose_store(request.model_copy(update={"store": "s3://asked/for"}), "s3://of-the-profile") == "s3://asked/for"
+
+
+@pytest.mark.parametrize("dataset", ["/data/cells", "s3://bucket/store#cells"])
+def test_labels_of_their_own_are_for_buckets(dataset: str) -> None:
+    with pytest.raises(ValidationError, match="labels are for images in a bucket"):
+        TrainRequest(dataset=dataset, labels="/labels")
+
+
+def test_only_what_a_training_uses_is_staged_under_the_version_of_the_check(tmp_path: Path) -> None:
+    root = make_cells(tmp_path)
+    (root / "notes.txt").write_text("nobody trains on this")
+    index = check_dataset(root)
+    store = StoreChoice((tmp_path / "store").as_uri())
+    ref, staged = stage_index(index, store, "file:///runs/r/dataset.json")
+    assert (ref.version, ref.store_uri, ref.check) == (index.version, store.uri, None)
+    assert staged.files == len(index.images) + len(index.label_files)
+    assert list(list_refs(open_store(store.uri), store.uri)) == ["cells.used"]
+    fetch_version(store.uri, ref.version, tmp_path / "copy")
+    assert not (tmp_path / "copy/notes.txt").exists()
+    assert check_dataset(tmp_path / "copy").version == index.version
+    _, again = stage_index(index, store, "file:///runs/r/dataset.json")
+    assert again.sent_bytes == 0
+
+
+def test_a_dataset_that_changed_since_its_check_is_not_staged_as_if_it_had_not(tmp_path: Path) -> None:
+    root = make_cells(tmp_path)
+    index = check_dataset(root)
+    label = next((root / "labels").rglob("*.txt"))
+    label.write_text("0 0.4 0.4 0.2 0.2\n")
+    with pytest.raises(TrainerError, match="changed between its check and its staging") as refused:
+        stage_index(index, StoreChoice((tmp_path / "store").as_uri()), "")
+    assert refused.value.code is ExitCode.DATA
+
+
+def test_a_link_out_of_the_folder_is_refused_and_not_followed(tmp_path: Path) -> None:
+    root = make_cells(tmp_path)
+    image = next((root / "images").rglob("*.png"))
+    image.rename(tmp_path / "elsewhere.png")
+    os.symlink(tmp_path / "elsewhere.png", image)
+    with pytest.raises(TrainerError, match="link that leads out of the folder"):
+        stage_index(check_dataset(root), StoreChoice((tmp_path / "store").as_uri()), "")
