@@ -25,6 +25,7 @@ PLAN = Path(os.environ.get("TRAINYARD_CRASH_PLAN", "/nonexistent"))
 STEPS = {
     "check": ("blocks.providers.local_process", "LocalProvider", "check"),
     "dataset": ("trainer.dataset", "", "check_dataset"),
+    "stage": ("blocks.staging", "", "stage_folder"),
     "open": ("blocks.record", "RunRecord", "open"),
     "plan": ("blocks.record", "RunRecord", "write_plan"),
     "submit": ("blocks.provider", "Provider", "submit"),

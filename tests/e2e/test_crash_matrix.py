@@ -5,8 +5,8 @@ Prefect within two minutes of the kill (the training's own time not counted). Th
 
     pytest -m full tests/e2e/test_crash_matrix.py -s
 
-prints its table; a plain run takes a sample: the flow in the middle of `submit`, the server, the trainer, and an old
-trainer that lives on.
+prints its table; a plain run takes a sample: the flow after its staging and in the middle of `submit`, the server, the
+trainer, and an old trainer that lives on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ SERVER = [(moment, ("server",)) for moment in ("after dataset", "before submit",
 TRAINER = [("after poll", ("fit",)), ("after poll", ("supervisor",)), ("after poll", ("supervisor", "fit")), ("after poll", ("lock",))]
 ALL = [("after poll", ("server", "worker", "flow")), ("after poll", ("server", "worker", "supervisor", "fit", "flow"))]
 MATRIX = [*FLOW, *FLOW_AND_WORKER, *SERVER, *TRAINER, *ALL]
-SAMPLE = [("after launch", ("flow",)), ("before collect", ("server",)), *TRAINER[2:]]  # worker and flow: test_reconcile.py
+SAMPLE = [
+    ("after stage", ("flow",)),
+    ("after launch", ("flow",)),
+    ("before collect", ("server",)),
+    *TRAINER[2:],
+]  # worker and flow: test_reconcile.py
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ HEADER = f"{'moment':16} {'killed':36} {'attempts':24} {'rep':>3} {'s to end':>7
 
 def run_case(yard: Yard, yard_shapes: Path, moment: str, victims: tuple[str, ...]) -> Row:
     yard.plan_crash(moment, victims)
-    flow_run_id = wait_for("a run is started", lambda: yard.start(dataset=str(yard_shapes), config=CONFIG), 120)
+    asked = {"dataset": str(yard_shapes), "config": CONFIG, "stage": "stage" in moment}
+    flow_run_id = wait_for("a run is started", lambda: yard.start(**asked), 120)
     run_id = run_id_of_flow_run(flow_run_id)
     wait_for(f"{victims} are killed {moment}", yard.fired, 120)
     killed_at = time.monotonic()

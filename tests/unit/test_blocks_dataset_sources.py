@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -95,6 +94,6 @@ def test_a_link_out_of_the_folder_is_refused_and_not_followed(tmp_path: Path) ->
     root = make_cells(tmp_path)
     image = next((root / "images").rglob("*.png"))
     image.rename(tmp_path / "elsewhere.png")
-    os.symlink(tmp_path / "elsewhere.png", image)
+    image.symlink_to(tmp_path / "elsewhere.png")
     with pytest.raises(TrainerError, match="link that leads out of the folder"):
         stage_index(check_dataset(root), StoreChoice((tmp_path / "store").as_uri()), "")
