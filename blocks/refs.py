@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import time
 from typing import TYPE_CHECKING
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 KEPT_VERSIONS = 10
-TRIES = 10
+TRIES = 20
+UNCLEAR_TRIES = 3
 NAME = re.compile(r"[\w][\w .+-]{0,99}")
 
 
@@ -61,16 +63,28 @@ def read_ref(store: ObjectStore, uri: str, name: str) -> tuple[Ref | None, Updat
 
 
 def move_ref(store: ObjectStore, uri: str, name: str, newest: Ref) -> None:
-    """Makes `newest` the dataset's version. Of two stagers at once the later one wins; the other's version stays, named by its hash."""
+    """Makes `newest` the dataset's version. Of two stagers at once the later one wins; the other's version stays, named by its hash.
+
+    No answer to the swap is believed but a clear yes: an answer can be lost, and "exists already" can be our own first try,
+    or on S3 a conflict after which nothing is there. So the ref is read again, and what it says counts.
+    """
+    from obstore.exceptions import GenericError
+
+    unclear = 0
     for _ in range(TRIES):
         stored, tag = read_ref(store, uri, name)
         if stored is not None and stored.version == newest.version:
-            return  # also where our own answer was lost
+            return
         before = (stored.version, *stored.previous) if stored else ()
         previous = tuple(version for version in before if version != newest.version)[:KEPT_VERSIONS]
-        if _swap(store, uri, ref_key(name), newest.model_copy(update={"previous": previous}), tag):
-            return
-        time.sleep(0.1)
+        try:
+            if _swap(store, uri, ref_key(name), newest.model_copy(update={"previous": previous}), tag):
+                return
+        except GenericError:
+            unclear += 1
+            if unclear == UNCLEAR_TRIES:
+                raise
+        time.sleep(random.uniform(0.05, 0.3))
     raise TrainerError(f"{uri}: others move the ref of {name!r} all the time", hint="stage again", code=ExitCode.UNAVAILABLE)
 
 

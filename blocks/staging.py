@@ -123,7 +123,7 @@ def stage_folder(
     cache = StatCache(root, store_uri, name)
     try:
         with told_plainly(store_uri), folders_told_plainly():
-            stager = _Stager(root, open_store(store_uri), store_uri, name, cache, on_progress)
+            stager = _Stager(root, store_uri, name, cache, on_progress)
             ref, scan = stager.run(Scan(root, only), again=again)
     finally:
         cache.close()
@@ -133,10 +133,9 @@ def stage_folder(
 
 
 class _Stager:
-    def __init__(
-        self, root: Path, store: ObjectStore, uri: str, name: str, cache: StatCache, on_progress: Callable[[Counts], None] | None
-    ) -> None:
-        self.root, self.store, self.uri, self.name, self.cache = root, store, uri, name, cache
+    def __init__(self, root: Path, uri: str, name: str, cache: StatCache, on_progress: Callable[[Counts], None] | None) -> None:
+        self.root, self.uri, self.name, self.cache = root, uri, name, cache
+        self.store, self.sending = open_store(uri), open_store(uri, "send")
         self.on_progress = on_progress
         self.counts = Counts()
         self.pack = Pack()
@@ -155,7 +154,7 @@ class _Stager:
         if ref is not None and newest.version == ref.version == base:  # files were written anew with the same content
             self.cache.commit(ref.version, ref.depth)
             return ref, scan
-        move_ref(self.store, self.uri, self.name, newest)
+        move_ref(self.sending, self.uri, self.name, newest)
         self.cache.commit(newest.version, newest.depth)
         return newest, scan
 
@@ -223,8 +222,8 @@ class _Stager:
                 continue
             self.pending.add(read.digest)
             if read.stat.size > LARGE_BYTES:
-                send = partial(put_object, self.store, file_key(read.digest), read.content) if read.content is not None else None
-                send = send or partial(put_file, self.store, file_key(read.digest), self.root / read.path, read.stat)
+                send = partial(put_object, self.sending, file_key(read.digest), read.content) if read.content is not None else None
+                send = send or partial(put_file, self.sending, file_key(read.digest), self.root / read.path, read.stat)
                 self._submit(send, read.stat.size, [(read.digest, "", 0)])
             else:
                 assert read.content is not None, "what is packed fits into memory"
@@ -240,7 +239,7 @@ class _Stager:
         if pack.digests:
             name = pack_id(pack.digests)
             rows = [(digest, name, offset) for (digest, _), offset in zip(pack.digests, pack.offsets, strict=True)]
-            send = partial(put_object, self.store, pack_key(name), b"".join((*pack.chunks, END)))
+            send = partial(put_object, self.sending, pack_key(name), b"".join((*pack.chunks, END)))
             self._submit(send, pack.size + len(END), rows)
 
     def _submit(self, send: Callable[[], None], size: int, rows: list[tuple[bytes, str, int]]) -> None:
@@ -288,7 +287,7 @@ class _Stager:
         out = io.BytesIO()
         write_manifest(out, header, self.cache.lines(difference=difference))
         data = out.getvalue()
-        obstore.put(self.store, manifest_key(version), data)
+        obstore.put(self.sending, manifest_key(version), data)
         self.counts.sent_bytes += len(data)
         return Ref(version=version, files=total.files, bytes=total.bytes, depth=header.depth)
 

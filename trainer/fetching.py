@@ -103,7 +103,7 @@ def _fetch_locked(store_uri: str, version: str, to: Path, on_progress: Progress 
         if to.exists() and any(to.iterdir()):
             got = Fetched(version, header.files, header.bytes, 0, 0) if _is_whole(to, files) else _refuse_occupied(to)
         else:
-            got = _fetch_into(store, header, list(files), partial, on_progress)
+            got = _fetch_into(open_store(store_uri, "fetch"), header, list(files), partial, on_progress)
             if to.exists():
                 to.rmdir()
             partial.rename(to)
@@ -208,8 +208,8 @@ def _verify_object(store: ObjectStore, files: list[StagedFile]) -> int:
 def verify_version(store_uri: str, version: str, on_progress: Progress | None = None) -> Fetched:
     """Reads every file of a version in the store and compares its sha256; writes nothing. Raises as `fetch_version` does."""
     with told_plainly(store_uri):
-        store = open_store(store_uri)
-        header, files = read_version(store, version)
+        header, files = read_version(open_store(store_uri), version)
+        store = open_store(store_uri, "fetch")
         _in_parallel(list(files), lambda same: _verify_object(store, same), 0, header.bytes, on_progress)
     return Fetched(version, header.files, header.bytes, header.files, header.bytes)
 

@@ -13,20 +13,40 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 from urllib.parse import unquote, urlsplit
 
 from trainer.contract import ExitCode, TrainerError
 from trainer.files import DISK_FULL, disk_full_error
 from trainer.store_access import store_options
+from trainer.store_errors import explain
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
-    from obstore.store import LocalStore, ObjectStore
+    from obstore.store import ClientConfig, LocalStore, ObjectStore, RetryConfig
 
 REMOTE_SCHEMES = ("s3", "gs", "az")
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
-RETRY_FOR = timedelta(minutes=3)  # a signed request is good for five
+# To ask is to be told soon what is wrong, as with no network or no credentials. To send and to fetch come after an answer,
+# and sit out minutes without a network. obstore's own 30 s for a whole request would be too little for a pack on a slow link.
+Purpose = Literal["ask", "send", "fetch"]
+TIMEOUTS: dict[Purpose, ClientConfig] = {
+    # From the request's beginning, and then between two reads.
+    "ask": {"timeout": timedelta(days=7), "read_timeout": timedelta(seconds=10)},
+    # A pack at 28 kB/s. Until the answer comes nothing is read, so a pause is not told from a slow link.
+    "send": {"timeout": timedelta(minutes=10)},
+    "fetch": {"timeout": timedelta(days=7), "read_timeout": timedelta(minutes=1)},
+}
+_PATIENT: RetryConfig = {
+    "max_retries": 100,
+    "retry_timeout": timedelta(minutes=3),  # a signed request is good for five
+    "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 3},
+}
+RETRIES: dict[Purpose, RetryConfig] = {
+    "ask": {**_PATIENT, "max_retries": 5, "retry_timeout": timedelta(seconds=20)},
+    "send": _PATIENT,
+    "fetch": _PATIENT,
+}
 
 
 def to_uri(location: str | Path) -> str:
@@ -47,27 +67,36 @@ def to_path(uri: str) -> Path:
     return Path(unquote(parts.path) if parts.scheme else uri)
 
 
-def open_store(uri: str) -> ObjectStore:
+def open_store(uri: str, purpose: Purpose = "ask") -> ObjectStore:
     """The store below a URI: ``file:// s3:// gs:// az://``, or a local path.
 
     Credentials and endpoint are those of `store_access.access_to`; else they come from the environment, by the names that each
     cloud's own tools read (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ``AZURE_STORAGE_ACCOUNT_NAME`` ...), or are the machine's identity.
-    Raises TrainerError (CONFIG) for another scheme.
+    Raises TrainerError (CONFIG) for another scheme, no bucket, or an endpoint that is no URL.
     """
     from obstore.store import from_url
 
-    scheme = urlsplit(uri).scheme
-    if scheme in ("", "file"):
+    parts = urlsplit(uri)
+    if parts.scheme in ("", "file"):
         ObjectFolder(uri).make_root()
         return _store(to_uri(uri))
-    if scheme not in REMOTE_SCHEMES:
-        raise TrainerError(f"{uri!r} is no object store", hint="use s3://, az://, gs://, file:// or a folder", code=ExitCode.CONFIG)
+    if parts.scheme not in REMOTE_SCHEMES or not parts.netloc:
+        hint = "use s3://bucket/prefix, az://container/prefix, gs://bucket/prefix, file:// or a folder"
+        raise TrainerError(f"{uri!r} is no object store", hint=hint, code=ExitCode.CONFIG)
     # Plain HTTP only where somebody has named such an endpoint, as for a store in the same network.
     options = store_options(uri)
-    plain = any(
-        address.startswith("http://") for address in (options.get("endpoint", ""), *(os.environ.get(name, "") for name in ENDPOINTS))
-    )
-    return from_url(uri, client_options={"allow_http": plain}, retry_config={"max_retries": 10, "retry_timeout": RETRY_FOR}, **options)
+    plain = any(endpoint.startswith("http://") for endpoint in (options.get("endpoint", ""), *_endpoints()))
+    return from_url(uri, client_options={"allow_http": plain, **TIMEOUTS[purpose]}, retry_config=RETRIES[purpose], **options)
+
+
+def _endpoints() -> Iterator[str]:
+    for name in ENDPOINTS:
+        if endpoint := os.environ.get(name):
+            parts = urlsplit(endpoint)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                hint = "it begins with https://, or with http:// in a private network"
+                raise TrainerError(f"{name} is no URL", hint=hint, code=ExitCode.CONFIG)
+            yield endpoint
 
 
 def list_paths(store: ObjectStore, prefix: str) -> Iterator[str]:
@@ -85,28 +114,19 @@ def _disk_full_number(exc: Exception) -> int | None:
 
 @contextlib.contextmanager
 def told_plainly(uri: str) -> Iterator[None]:
-    """obstore's errors as a TrainerError: PERMISSION for a refused identity, NOT_FOUND, else UNAVAILABLE."""
+    """obstore's errors as a TrainerError: PERMISSION for a refused identity, NOT_FOUND, CONFIG, DISK_FULL, else UNAVAILABLE."""
     from obstore import exceptions
 
     try:
         yield
-    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as exc:
-        hint = "check the credentials in the environment and what they may do on this bucket"
-        raise TrainerError(f"{uri}: access denied", hint=hint, code=ExitCode.PERMISSION) from exc
-    except FileNotFoundError as exc:
-        raise TrainerError(f"{uri}: not found", hint="check bucket and name", code=ExitCode.NOT_FOUND) from exc
+    except FileNotFoundError:
+        raise TrainerError(f"{uri}: not found", hint="check bucket and name", code=ExitCode.NOT_FOUND) from None
     except exceptions.BaseError as exc:
-        # The first paragraph is for people; what went wrong stands at its end. There is no code to go by.
-        text = " ".join(str(exc).split("\n\n", maxsplit=1)[0].split())
-        if "404 Not Found" in text:
-            raise TrainerError(
-                f"{uri}: there is no such bucket or container", hint="create it, or correct the URI", code=ExitCode.NOT_FOUND
-            ) from exc
         if _disk_full_number(exc) is not None:
             hint = "free some space, or choose another folder"
             raise TrainerError(f"{uri}: the disk is full", hint=hint, code=ExitCode.DISK_FULL) from exc
-        said = text.rpartition(" - ")[2][:300]
-        raise TrainerError(f"{uri}: {said}", hint="check the network, the endpoint and the credentials", code=ExitCode.UNAVAILABLE) from exc
+        # Not from it: its text has the addresses of requests, and such an address may hold a signature.
+        raise explain(uri, str(exc)) from None
 
 
 @contextlib.contextmanager
@@ -115,7 +135,7 @@ def folders_told_plainly() -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        if type(exc).__module__.startswith("obstore"):
+        if exc.errno is None:
             raise  # of the store, and for `told_plainly` to explain
         code = ExitCode.DISK_FULL if exc.errno in DISK_FULL else ExitCode.OCCUPIED
         code = ExitCode.PERMISSION if isinstance(exc, PermissionError) else code

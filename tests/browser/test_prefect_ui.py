@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,14 +13,15 @@ import psutil
 import pytest
 
 from blocks.naming import run_id_of_flow_run
+from tests.components import npm_folder, npm_install, skip_or_fail
 from tests.stack import Stack, running_stack, wait_for
 
 pytestmark = pytest.mark.e2e
 
 HERE = Path(__file__).parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trainyard" / "browser"
+PACKAGE = Path("tests/browser/package.json")
+CACHE = npm_folder("browser")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-REQUIRED = os.environ.get("TRAINYARD_REQUIRE_COMPONENTS") == "1"
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,9 @@ def browser() -> str:
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     lacking = [name for name, there in (("chromium", found), ("node", shutil.which("node"))) if not there]
     if not (CACHE / "node_modules" / "playwright-core").is_dir():
-        lacking.append(f"playwright-core (cp {HERE.name}/package.json {CACHE} && npm install --prefix {CACHE} --no-package-lock)")
+        lacking.append(f"playwright-core ({npm_install(Path('tests/browser/package.json'), CACHE)})")
     if lacking:
-        reason = f"not here: {', '.join(lacking)}"
-        pytest.fail(reason) if REQUIRED else pytest.skip(reason)
+        skip_or_fail(f"not here: {', '.join(lacking)}")
     assert found is not None
     return found
 

@@ -1,90 +1,22 @@
-"""One suite for every store: a folder and S3 (moto's server)."""
+"""One suite for every store: a folder, S3 (moto's server) and Azure (Azurite)."""
 
 from __future__ import annotations
 
 import os
-import random
 import shutil
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
 from blocks.refs import list_refs, read_ref, resolve_version
-from blocks.staging import LARGE_BYTES, PACK_BYTES, Staged, stage_folder
+from blocks.staging import LARGE_BYTES, Staged, stage_folder
+from tests.contract.staged import assert_same, get, objects, put, touch_old
 from trainer.contract import ExitCode, TrainerError
 from trainer.fetching import fetch_version, verify_version
 from trainer.packs import manifest_key
-from trainer.storage import list_paths, open_store
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """The address of moto's server, with a bucket."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    try:
-        yield f"http://{host}:{port}"
-    finally:
-        server.stop()
-
-
-@pytest.fixture(params=["file", "s3"])
-def store_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
-    if request.param == "file":
-        return (tmp_path / "store with space").as_uri()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3"))
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    import boto3
-
-    bucket = f"data-{uuid4().hex[:12]}"
-    boto3.client("s3").create_bucket(Bucket=bucket)
-    return f"s3://{bucket}/some/prefix"
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """Small files, one large, one empty, a copy, and names that tools trip over; none of them fresh from the clock's view."""
-    root = tmp_path / "source"
-    rng = random.Random(1)
-    for number in range(300):
-        path = root / f"d{number % 7}" / f"img {number:04d} ü.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(rng.randbytes(rng.choice([0, 1, 511, 512, 513, 8192])))
-    (root / "large.bin").write_bytes(rng.randbytes(LARGE_BYTES + 1))
-    (root / "copy of large.bin").write_bytes((root / "large.bin").read_bytes())
-    (root / "d0-1").write_bytes(b"sorts between d0 and d0/")
-    (root / ("n" * 200)).write_bytes(b"long name")
-    for path in root.rglob("*"):
-        os.utime(path, (1e9, 1e9))
-    return root
-
-
-def assert_same(source: Path, copy: Path) -> None:
-    def content(root: Path) -> dict[str, bytes]:
-        return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-    assert content(source) == content(copy)
-
-
-def objects(store_uri: str) -> set[str]:
-    return set(list_paths(open_store(store_uri), ""))
-
-
-def touch_old(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    os.utime(path, (1.1e9, 1.1e9))
+from trainer.storage import open_store
 
 
 def test_round_trip_is_bit_exact(store_uri: str, source: Path, tmp_path: Path) -> None:
@@ -189,52 +121,6 @@ def test_two_stagers_at_once_lose_nothing(store_uri: str, source: Path, tmp_path
         assert verify_version(store_uri, staged.version).files == staged.files
 
 
-CRASH = """
-import os, sys
-import obstore
-from pathlib import Path
-put, calls, at = obstore.put, 0, int(sys.argv[1])
-def dying(store, path, data, **options):
-    global calls
-    calls += 1
-    if calls > at:
-        os.kill(os.getpid(), 9)
-    return put(store, path, data, **options)
-obstore.put = dying
-import blocks.staging
-blocks.staging.PACK_BYTES = 200_000
-blocks.staging.stage_folder(Path(sys.argv[2]), sys.argv[3])
-"""
-
-
-def test_killed_after_each_write_then_complete(store_uri: str, source: Path, tmp_path: Path) -> None:
-    killed = 0
-    for at in range(30):
-        done = subprocess.run([sys.executable, "-c", CRASH, str(at), str(source), store_uri], check=False, capture_output=True, timeout=120)
-        assert done.returncode in (0, -9), done.stderr.decode()
-        if done.returncode == 0:
-            break
-        killed += 1
-    assert killed >= 3
-    staged = stage_folder(source, store_uri)
-    fetch_version(store_uri, staged.version, tmp_path / "copy")
-    assert_same(source, tmp_path / "copy")
-    stored = sum(len(bytes(_get(store_uri, key))) for key in objects(store_uri) if key.startswith(("packs/", "files/")))
-    assert stored < staged.bytes + 600 * staged.files + PACK_BYTES, "no duplicate beyond one pack"
-
-
-def _get(store_uri: str, key: str) -> bytes:
-    import obstore
-
-    return bytes(obstore.get(open_store(store_uri), key).bytes())
-
-
-def _put(store_uri: str, key: str, data: bytes) -> None:
-    import obstore
-
-    obstore.put(open_store(store_uri), key, data)
-
-
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 @pytest.mark.parametrize("kind", ["packs/", "files/", "manifests/"])
 def test_damage_is_refused_and_nothing_half_is_left(store_uri: str, source: Path, tmp_path: Path, kind: str, damage: str) -> None:
@@ -242,11 +128,11 @@ def test_damage_is_refused_and_nothing_half_is_left(store_uri: str, source: Path
 
     staged = stage_folder(source, store_uri)
     [key] = [key for key in objects(store_uri) if key.startswith(kind)]
-    data = _get(store_uri, key)
+    data = get(store_uri, key)
     if damage == "gone":
         obstore.delete(open_store(store_uri), key)
     else:
-        _put(store_uri, key, bytes(byte ^ 255 for byte in data) if damage == "flip" else data[: len(data) // 2])
+        put(store_uri, key, bytes(byte ^ 255 for byte in data) if damage == "flip" else data[: len(data) // 2])
     with pytest.raises(TrainerError) as refused:
         fetch_version(store_uri, staged.version, tmp_path / "copy")
     assert refused.value.code in (ExitCode.DATA, ExitCode.NOT_FOUND, ExitCode.UNAVAILABLE)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.components import skip_or_fail
 from tests.stack import BIN, Stack, free_port, stop, wait_for
 from trainer.contract import ExitCode
 
@@ -31,10 +32,7 @@ def find_postgres() -> Path:
     on_path = shutil.which("initdb")
     folder = found[-1].parent if found else Path(on_path).resolve().parent if on_path else None
     if folder is None or not (folder / "postgres").exists():
-        reason = "PostgreSQL is missing: apt-get install postgresql"
-        if os.environ.get("TRAINYARD_REQUIRE_COMPONENTS") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        skip_or_fail("PostgreSQL is missing: apt-get install postgresql")
     return folder
 
 

@@ -11,9 +11,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-import pytest
+from tests.components import skip_or_fail
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = ROOT / "requirements.txt"
@@ -27,13 +26,6 @@ HEADER = f"""\
 # In pieces, so that this file passes its own test.
 HOSTS = [".".join(parts) for parts in (["pypi", "org"], ["python" + "hosted", "org"], ["npmjs", "org"], ["download", "pytorch", "org"])]
 INDEX_OPTION = "index" + "-url"
-
-
-def skip_or_fail(reason: str) -> NoReturn:
-    """Skips, or fails where every component must be there (CI)."""
-    if os.environ.get("TRAINYARD_REQUIRE_COMPONENTS"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 def export_requirements(uv: str) -> str:
