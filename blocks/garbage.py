@@ -99,7 +99,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CollectionPlan:
     """``garbage`` in the order of its deletion; ``kept``: objects and bytes by reason; ``leases``: of stages that are under way."""
 
     garbage: tuple[StoredObject, ...]
@@ -231,7 +231,7 @@ def choose_garbage(
     return garbage, kept
 
 
-def plan_collection(marker: Marker, uri: str, policy: Policy, run_versions: Iterable[str], now: datetime) -> Plan:
+def plan_collection(marker: Marker, uri: str, policy: Policy, run_versions: Iterable[str], now: datetime) -> CollectionPlan:
     """What a collection would free and what it would keep. Reads only."""
     store = marker.store
     # Leases before refs: a stage whose lease is gone has moved its ref.
@@ -256,7 +256,7 @@ def plan_collection(marker: Marker, uri: str, policy: Policy, run_versions: Iter
     garbage, kept = choose_garbage(objects, marker.mark(roots(), manifests), oldest_kept)
     garbage += [found for found in leases if found.key not in live]
     garbage += [found for found, pin in pins if pin is not None and _is_over(found, pin, now)]
-    return Plan(tuple(garbage), kept, live)
+    return CollectionPlan(tuple(garbage), kept, live)
 
 
 def _version_of(found: StoredObject) -> str:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -173,10 +174,9 @@ class _Stager:
             self.cache.forget_placed()
             return ""
         if ref is not None:
-            _, files = read_version(self.store, ref.version)
-            self.cache.writer.execute("BEGIN")
-            self.cache.add_placed((file.sha256, file.pack, file.offset) for file in files)
-            self.cache.writer.execute("COMMIT")
+            with suppress(TrainerError), self.cache.writer:  # gone or damaged: it says nothing, and is written anew
+                self.cache.writer.execute("BEGIN")
+                self.cache.add_placed((file.sha256, file.pack, file.offset) for file in read_version(self.store, ref.version)[1])
         self.cache.keep_placed(list_objects(self.store))
         return ""
 
