@@ -15,7 +15,7 @@ from trainer.locks import try_lock
 from trainer.storage import list_paths, to_path
 
 if TYPE_CHECKING:
-    from obstore import UpdateVersion
+    from obstore import ObjectMeta, UpdateVersion
     from obstore.store import ObjectStore
 
 KEPT_VERSIONS = 10
@@ -56,10 +56,14 @@ def read_ref(store: ObjectStore, uri: str, name: str) -> tuple[Ref | None, Updat
     except ValidationError as exc:
         hint = "delete that object and stage again: its packs are found again"
         raise TrainerError(f"{uri}/{ref_key(name)} is damaged", hint=hint, code=ExitCode.DATA) from exc
-    tag: UpdateVersion = {"e_tag": answer.meta["e_tag"]}
-    if answer.meta["version"] is not None:
-        tag["version"] = answer.meta["version"]
-    return ref, tag
+    return ref, tag_of(answer.meta)
+
+
+def tag_of(meta: ObjectMeta) -> UpdateVersion:
+    tag: UpdateVersion = {"e_tag": meta["e_tag"]}
+    if meta["version"] is not None:
+        tag["version"] = meta["version"]
+    return tag
 
 
 def move_ref(store: ObjectStore, uri: str, name: str, newest: Ref) -> None:
@@ -78,7 +82,7 @@ def move_ref(store: ObjectStore, uri: str, name: str, newest: Ref) -> None:
         before = (stored.version, *stored.previous) if stored else ()
         previous = tuple(version for version in before if version != newest.version)[:KEPT_VERSIONS]
         try:
-            if _swap(store, uri, ref_key(name), newest.model_copy(update={"previous": previous}), tag):
+            if swap(store, uri, ref_key(name), newest.model_copy(update={"previous": previous}), tag):
                 return
         except GenericError:
             unclear += 1
@@ -88,12 +92,13 @@ def move_ref(store: ObjectStore, uri: str, name: str, newest: Ref) -> None:
     raise TrainerError(f"{uri}: others move the ref of {name!r} all the time", hint="stage again", code=ExitCode.UNAVAILABLE)
 
 
-def _swap(store: ObjectStore, uri: str, key: str, ref: Ref, tag: UpdateVersion | None) -> bool:
+def swap(store: ObjectStore, uri: str, key: str, record: StoredRecord, tag: UpdateVersion | None) -> bool:
+    """Replaces the object if it is still as `tag` says (None: if there is none). False where it is not."""
     import obstore
     from obstore.exceptions import AlreadyExistsError, PreconditionError
     from obstore.store import LocalStore
 
-    data = ref.model_dump_json(indent=1).encode()
+    data = record.model_dump_json(indent=1).encode()
     if isinstance(store, LocalStore):
         return _swap_locally(store, uri, key, data, tag)
     try:
@@ -121,6 +126,18 @@ def _swap_locally(store: ObjectStore, uri: str, key: str, data: bytes, tag: Upda
         return True
     finally:
         os.close(lock)
+
+
+def delete_ref(store: ObjectStore, uri: str, name: str) -> Ref:
+    """Takes the name away; its versions go with the next collection of garbage. Raises TrainerError (NOT_FOUND) for none."""
+    import obstore
+
+    ref, _ = read_ref(store, uri, name)
+    if ref is None:
+        hint = f"trainyard dataset list --store {uri}"
+        raise TrainerError(f"{uri} has no dataset {name!r}", hint=hint, code=ExitCode.NOT_FOUND)
+    obstore.delete(store, ref_key(name))
+    return ref
 
 
 def list_refs(store: ObjectStore, uri: str) -> dict[str, Ref]:

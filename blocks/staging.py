@@ -2,6 +2,7 @@
 
 Objects are written in the order packs, manifest, ref, so a crash at any point leaves the version before it usable,
 and the next stage goes on with what arrived. Two stagers at once do no harm: the same content is the same object.
+What garbage collection may delete meanwhile is argued in `blocks.garbage`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from blocks.leases import Lease, check_generation, settled_generation, until_uncollected
 from blocks.refs import Ref, move_ref, read_ref
 from blocks.scanning import Scan, Stat, stat_of
 from blocks.stat_cache import StatCache
@@ -121,13 +124,19 @@ def stage_folder(
     root, store_uri = root.absolute(), to_uri(store_uri)
     name = name or root.name or "dataset"
     cache = StatCache(root, store_uri, name)
+    counts = Counts()
+
+    def work() -> tuple[Ref, Scan]:
+        stager = _Stager(root, store_uri, name, cache, on_progress)
+        stager.counts = counts
+        with stager.lease:
+            return stager.run(Scan(root, only), again=again)
+
     try:
         with told_plainly(store_uri), folders_told_plainly():
-            stager = _Stager(root, store_uri, name, cache, on_progress)
-            ref, scan = stager.run(Scan(root, only), again=again)
+            ref, scan = until_uncollected(work, store_uri)
     finally:
         cache.close()
-    counts = stager.counts
     seconds = time.monotonic() - started
     return Staged(name, ref.version, store_uri, ref.files, ref.bytes, counts.changed_files, counts.sent_bytes, seconds, scan.left_out)
 
@@ -138,6 +147,7 @@ class _Stager:
         self.store, self.sending = open_store(uri), open_store(uri, "send")
         self.on_progress = on_progress
         self.counts = Counts()
+        self.lease = Lease(self.store, name)
         self.pack = Pack()
         self.pending: set[bytes] = set()  # on its way to the store
         self.flying: deque[tuple[Future[None], int, list[tuple[bytes, str, int]]]] = deque()
@@ -146,7 +156,7 @@ class _Stager:
 
     def run(self, scan: Scan, *, again: bool) -> tuple[Ref, Scan]:
         ref, _ = read_ref(self.store, self.uri, self.name)
-        base = self._distrust() if again else self._trust(ref)
+        base = self._trust(ref, again=again)
         changed = self._send(self.cache.changes(scan.files(), distrust=not base))
         if ref is not None and base and not changed:
             return ref, scan
@@ -155,25 +165,25 @@ class _Stager:
             self.cache.commit(ref.version, ref.depth)
             return ref, scan
         move_ref(self.sending, self.uri, self.name, newest)
+        check_generation(self.store, self.uri, self.cache.get("generation"))
         self.cache.commit(newest.version, newest.depth)
         return newest, scan
 
-    def _trust(self, ref: Ref | None) -> str:
+    def _trust(self, ref: Ref | None, *, again: bool) -> str:
         """The version to write the difference to. Empty where the store is not as this cache left it; then it is asked what it has."""
-        if ref is not None and ref.version == self.cache.get("version") and not self.cache.get("dirty"):
+        if ref is not None and ref.version == self.cache.get("version") and not self.cache.get("dirty") and not again:
             return ref.version
         self.cache.set("dirty", "1")
-        self.cache.keep_placed(list_objects(self.store))
+        self.lease.confirm()
+        self.cache.set("generation", settled_generation(self.store, self.uri, self.lease.store_time))
+        if again:
+            self.cache.forget_placed()
+            return ""
         if ref is not None:
-            _, files = read_version(self.store, ref.version)
-            self.cache.writer.execute("BEGIN")
-            self.cache.add_placed((file.sha256, file.pack, file.offset) for file in files)
-            self.cache.writer.execute("COMMIT")
-        return ""
-
-    def _distrust(self) -> str:
-        self.cache.set("dirty", "1")
-        self.cache.forget_placed()
+            with suppress(TrainerError), self.cache.writer:  # gone or damaged: it says nothing, and is written anew
+                self.cache.writer.execute("BEGIN")
+                self.cache.add_placed((file.sha256, file.pack, file.offset) for file in read_version(self.store, ref.version)[1])
+        self.cache.keep_placed(list_objects(self.store))
         return ""
 
     # --- What changed ---
@@ -185,6 +195,7 @@ class _Stager:
             for found in self._read(changes):
                 if not began:
                     began = True
+                    self.lease.take()
                     self.cache.set("dirty", "1")  # until the ref has moved
                     self.cache.writer.execute("BEGIN")
                 self._take(found)
@@ -271,6 +282,8 @@ class _Stager:
             raise TrainerError(f"{self.root} has no files to stage", hint="check the folder and .trainyardignore", code=ExitCode.DATA)
         if version == base:
             return Ref(version=version, files=total.files, bytes=total.bytes)
+        self.lease.confirm()
+        check_generation(self.store, self.uri, self.cache.get("generation"))
         found = "damaged" if again else self._find_manifest(version)
         if isinstance(found, Ref):
             return found
@@ -295,10 +308,10 @@ class _Stager:
         """A version that was there before keeps its manifest: others may say what differs from it, so it must not refer to them."""
         try:
             header, files = read_version(self.store, version)
-            deque(files, maxlen=0)
+            whole = {file.pack or file.sha256.hex() for file in files} <= list_objects(self.store)
         except TrainerError as exc:
             return "none" if exc.code is ExitCode.NOT_FOUND else "damaged"
-        return Ref(version=version, files=header.files, bytes=header.bytes, depth=header.depth)
+        return Ref(version=version, files=header.files, bytes=header.bytes, depth=header.depth) if whole else "damaged"
 
 
 # --- Reading and sending -------------------------------------------------------------------------------

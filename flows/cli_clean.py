@@ -85,12 +85,8 @@ def show_and_delete(removals: list[Removal], question: str, *, yes: bool) -> Non
     from blocks.pruning import delete
 
     show(removals)
-    if not yes:
-        if not sys.stdin.isatty():
-            raise click.UsageError("nothing was deleted: nobody can be asked here; --yes deletes without asking")
-        if not click.confirm(question):
-            click.echo("nothing was deleted")
-            return
+    if not is_wanted(question, yes=yes):
+        return
     freed = 0
     for removal in removals:
         if delete(removal):
@@ -98,3 +94,15 @@ def show_and_delete(removals: list[Removal], question: str, *, yes: bool) -> Non
         else:
             click.echo(f"left alone: run {removal.record.run_id} is in use again", err=True)
     click.echo(f"freed {format_bytes(freed)}")
+
+
+def is_wanted(question: str, *, yes: bool) -> bool:
+    """Whether to delete: asks, where somebody can be asked. Raises UsageError where nobody can."""
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise click.UsageError("nothing was deleted: nobody can be asked here; --yes deletes without asking")
+    if click.confirm(question):
+        return True
+    click.echo("nothing was deleted")
+    return False

@@ -1,0 +1,355 @@
+"""Frees what no version of a store needs any more, and proves first that nobody needs it.
+
+Needed are, with all that they name: the versions of the refs; the newest of those before them; the versions of
+pins and of open runs of this machine; versions younger than the grace; and the manifests below each of these. An object
+of its own right is needed while it is younger than the grace. Only what has the name of a pack, large file, manifest,
+lease or pin is ever deleted; files that a manifest names outside of the store are not looked at.
+
+Why nothing is lost (stores are consistent: whoever reads after a write sees it):
+
+stage || collection. A stage writes its lease, and later reads the generation: before it writes a manifest, and once more
+after the ref has moved. A collection writes a new generation, and later lists the leases; a live one ends it with nothing
+deleted. So one of the two sees the other. A stage that sees a new generation waits for the collection's end, lists the
+store, sends what is gone from its folder and starts over.
+A stage suspended for an hour. Its lease has ended and its packs may be gone. It wakes up, sees the new generation and
+sends them again. Suspended between its last look and the move of the ref, it finds out by the look after that move; the
+ref is then a root, so what it sends again stays. Killed there as well, it has left the cache marked as dirty: the next
+stage of that folder lists the store and mends it.
+A cache that believes in packs of last week. It holds the generation that its knowledge is of; another one in the store
+means the same as above. Nothing changed in the folder: the ref names the version, so the store has it.
+A manifest that is there already, of another machine or an older time, is taken over only if all that it names is there.
+collection || collection. The mark is taken by compare-and-swap; the second is refused.
+A collection that crashes. Manifests go first, so none is left that names what is gone; the rest is garbage still. Its mark
+says that it deletes; ten minutes after it was written, others go on.
+A collection suspended for an hour. It deletes for five minutes after its mark was written, by both clocks of its machine,
+and reads the mark before each thousand objects.
+pin || collection. Whoever pins waits for a collection under way, and then looks whether the version is still there.
+fetch || collection. A fetch takes no lease, as it may have no right to write. Runs pin their version. The version of a ref
+that moved on is among those before it. Another one's fetch fails and says what is missing, as every file is compared.
+The clocks of machines play no part: ages are differences of the store's own times.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from pydantic import AwareDatetime, Field, ValidationError
+
+from blocks.leases import DEAD_AFTER, Collection, settled_generation
+from blocks.refs import KEPT_VERSIONS, list_refs
+from trainer.contract import ExitCode, StoredRecord, TrainerError, utc_now
+from trainer.packs import StagedFile, manifest_key, object_key, open_manifest
+from trainer.storage import open_store, told_plainly
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+    from obstore.store import ObjectStore
+
+GRACE = timedelta(hours=24)
+BATCH = 1000  # objects that S3 deletes at a request
+DELETABLE = {
+    "manifests": re.compile(r"manifests/([0-9a-f]{64})\.jsonl\.gz"),
+    "packs": re.compile(r"packs/[0-9a-f]{2}/[0-9a-f]{64}\.tar"),
+    "files": re.compile(r"files/[0-9a-f]{2}/[0-9a-f]{64}"),
+    "leases": re.compile(r"leases/[\w-]+\.json"),
+    "pins": re.compile(r"pins/([\w-]+)\.json"),
+}
+CONTENT = ("manifests", "packs", "files")  # in the order of their deletion
+
+
+class Reason(StrEnum):
+    """Why something stays. An object counts once, for the first of them."""
+
+    REF = "ref"
+    PREVIOUS = "previous"
+    RUN = "run"
+    PIN = "pin"
+    GRACE = "grace"
+
+
+class PinFile(StoredRecord):
+    """``pins/<run_id>.json``: a run needs this version, wherever its record lies."""
+
+    version: str
+    created_at: AwareDatetime = Field(default_factory=utc_now)
+    expires_at: AwareDatetime
+
+
+class StoredObject(NamedTuple):
+    key: str
+    kind: str
+    size: int
+    modified: datetime
+    tag: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """``keep_previous`` versions before a ref's stay; with `previous_for`, only those that were written more recently than that."""
+
+    grace: timedelta = GRACE
+    keep_previous: int = KEPT_VERSIONS
+    previous_for: timedelta | None = None
+
+
+@dataclass(frozen=True)
+class CollectionPlan:
+    """``garbage`` in the order of its deletion; ``kept``: objects and bytes by reason; ``leases``: of stages that are under way."""
+
+    garbage: tuple[StoredObject, ...]
+    kept: dict[Reason, tuple[int, int]]
+    leases: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(found.size for found in self.garbage)
+
+    def by_kind(self) -> dict[str, tuple[int, int]]:
+        """Objects and bytes of the garbage."""
+        counts = Counter(found.kind for found in self.garbage)
+        sizes: Counter[str] = Counter()
+        for found in self.garbage:
+            sizes[found.kind] += found.size
+        return {kind: (count, sizes[kind]) for kind, count in counts.items()}
+
+
+# --- Pins ----------------------------------------------------------------------------------------------
+
+
+def pin_key(run_id: str) -> str:
+    return f"pins/{run_id}.json"
+
+
+def pin_version(store: ObjectStore, uri: str, run_id: str, version: str, days: float) -> None:
+    """Keeps the version for a run for so many days from now; to pin it again begins them anew.
+
+    Raises TrainerError (NOT_FOUND) for a version that the store does not have, or not any more.
+    """
+    import obstore
+
+    now = utc_now()
+    pin = PinFile(version=version, created_at=now, expires_at=now + timedelta(days=days))
+    with told_plainly(uri):
+        obstore.put(store, pin_key(run_id), pin.model_dump_json(indent=1).encode())
+        # A collection that has not seen the pin may be under way. It deletes manifests first: what has one afterwards is whole.
+        settled_generation(store, uri)
+        try:
+            obstore.head(store, manifest_key(version))
+        except FileNotFoundError as exc:
+            _delete_batch(store, [pin_key(run_id)])
+            hint = "stage the dataset again"
+            raise TrainerError(f"{uri} has no dataset version {version[:12]}", hint=hint, code=ExitCode.NOT_FOUND) from exc
+
+
+def unpin_version(store: ObjectStore, uri: str, run_id: str) -> None:
+    """None there is fine."""
+    with told_plainly(uri):
+        _delete_batch(store, [pin_key(run_id)])
+
+
+def _read_pin(store: ObjectStore, uri: str, key: str) -> PinFile | None:
+    import obstore
+
+    try:
+        return PinFile.model_validate_json(bytes(obstore.get(store, key).bytes()))
+    except FileNotFoundError:  # unpinned since it was listed
+        return None
+    except ValidationError as exc:
+        raise TrainerError(f"{uri}/{key} is damaged", hint="delete that object if its run is over", code=ExitCode.DATA) from exc
+
+
+# --- What is needed --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Marker:
+    """Marks what versions need. A manifest is read once, also where a plan is made again, unless it was written anew since."""
+
+    store: ObjectStore
+    read: dict[tuple[str, str], tuple[str | None, frozenset[str]]] = field(
+        default_factory=dict[tuple[str, str], tuple[str | None, frozenset[str]]]
+    )
+
+    def mark(self, roots: Iterable[tuple[str, Reason]], manifests: dict[str, StoredObject]) -> dict[str, Reason]:
+        """The keys that the roots need, with the first reason. Raises TrainerError (DATA) where what a root needs cannot be told."""
+        marked: dict[str, Reason] = {}
+        for root, reason in roots:
+            version: str | None = root
+            while version and manifest_key(version) not in marked:
+                found = manifests.get(version)
+                if found is None and reason is Reason.REF:
+                    raise TrainerError(
+                        f"a ref needs the manifest of version {version[:12]}, which the store lacks",
+                        hint="stage that dataset with --again, or remove it with `trainyard dataset rm`; nothing was freed",
+                        code=ExitCode.DATA,
+                    )
+                if found is None:
+                    break  # freed before
+                marked[found.key] = reason
+                try:
+                    base, keys = self._read(version, found)
+                except TrainerError:
+                    if reason is Reason.GRACE:
+                        break  # nobody can read it, and nobody named it
+                    raise
+                for key in keys:
+                    marked.setdefault(key, reason)
+                version = base
+        return marked
+
+    def _read(self, version: str, found: StoredObject) -> tuple[str | None, frozenset[str]]:
+        import obstore
+
+        known = self.read.get((version, found.tag))
+        if known is None:
+            header, lines = open_manifest(bytes(obstore.get(self.store, found.key).bytes()), version)
+            keys = frozenset(object_key(line) for line in lines if isinstance(line, StagedFile))
+            known = self.read[version, found.tag] = (header.base, keys)
+        return known
+
+
+def choose_garbage(
+    objects: Iterable[StoredObject], marked: dict[str, Reason], oldest_kept: datetime
+) -> tuple[list[StoredObject], dict[Reason, tuple[int, int]]]:
+    """What is neither marked nor as young as `oldest_kept`, and how much stays for which reason."""
+    garbage: list[StoredObject] = []
+    kept: dict[Reason, tuple[int, int]] = {}
+    for found in objects:
+        reason = marked.get(found.key) or (Reason.GRACE if found.modified > oldest_kept else None)
+        if reason is None:
+            garbage.append(found)
+        else:
+            count, size = kept.get(reason, (0, 0))
+            kept[reason] = (count + 1, size + found.size)
+    garbage.sort(key=lambda found: CONTENT.index(found.kind))
+    return garbage, kept
+
+
+def plan_collection(marker: Marker, uri: str, policy: Policy, run_versions: Iterable[str], now: datetime) -> CollectionPlan:
+    """What a collection would free and what it would keep. Reads only."""
+    store = marker.store
+    # Leases before refs: a stage whose lease is gone has moved its ref.
+    leases = _list(store, "leases")
+    live = tuple(found.key for found in leases if now - found.modified <= DEAD_AFTER)
+    refs = list_refs(store, uri)
+    pins = [(found, _read_pin(store, uri, found.key)) for found in _list(store, "pins")]
+    objects = [found for kind in CONTENT for found in _list(store, kind)]
+    manifests = {version: found for found in objects if (version := _version_of(found))}
+    oldest_kept = now - policy.grace
+
+    def roots() -> Iterator[tuple[str, Reason]]:
+        yield from ((ref.version, Reason.REF) for ref in refs.values())
+        for version in (version for ref in refs.values() for version in ref.previous[: policy.keep_previous]):
+            found = manifests.get(version)
+            if policy.previous_for is None or (found is not None and now - found.modified < policy.previous_for):
+                yield version, Reason.PREVIOUS
+        yield from ((version, Reason.RUN) for version in run_versions)
+        yield from ((pin.version, Reason.PIN) for found, pin in pins if pin is not None and not _is_over(found, pin, now))
+        yield from ((version, Reason.GRACE) for version, found in manifests.items() if found.modified > oldest_kept)
+
+    garbage, kept = choose_garbage(objects, marker.mark(roots(), manifests), oldest_kept)
+    garbage += [found for found in leases if found.key not in live]
+    garbage += [found for found, pin in pins if pin is not None and _is_over(found, pin, now)]
+    return CollectionPlan(tuple(garbage), kept, live)
+
+
+def _version_of(found: StoredObject) -> str:
+    matched = DELETABLE["manifests"].fullmatch(found.key)
+    return matched[1] if matched else ""
+
+
+def _is_over(found: StoredObject, pin: PinFile, now: datetime) -> bool:
+    """Both times in it are of one clock, so that their difference is right though that clock be wrong."""
+    return now - found.modified > pin.expires_at - pin.created_at
+
+
+def _list(store: ObjectStore, kind: str) -> list[StoredObject]:
+    """The objects of a kind; what somebody else has put there is none of ours."""
+    import obstore
+
+    pages = cast("Iterable[Sequence[ObjectMeta]]", obstore.list(store, kind, chunk_size=1000))  # pyright: ignore[reportUnknownMemberType]
+    return [
+        StoredObject(meta["path"], kind, meta["size"], meta["last_modified"], meta["e_tag"] or "")
+        for page in pages
+        for meta in page
+        if DELETABLE[kind].fullmatch(meta["path"])
+    ]
+
+
+def versions_of_open_runs() -> set[str]:
+    """Of the runs that this machine knows; those of others are pinned."""
+    from blocks.errors import RunNotFound
+    from blocks.pruning import why_in_use
+    from blocks.record import all_runs
+
+    versions: set[str] = set()
+    for record in all_runs():
+        if why_in_use(record):
+            try:
+                versions.add(record.dataset_ref().version)
+            except RunNotFound:  # it was opened before it had a dataset, and has none to lose
+                continue
+            except ValidationError as exc:
+                hint = "mend or delete the record; nothing was freed"
+                raise TrainerError(f"the dataset index of run {record.run_id} is damaged", hint=hint, code=ExitCode.DATA) from exc
+    return versions
+
+
+# --- Deletion --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Freed:
+    """``left``: objects for the next time, where there was not enough time for all."""
+
+    objects: int
+    bytes: int
+    left: int
+
+
+def open_marker(store_uri: str) -> Marker:
+    return Marker(open_store(store_uri))
+
+
+def collect(marker: Marker, uri: str, policy: Policy, run_versions: Iterable[str]) -> Freed:
+    """Looks again under the mark, and deletes. Raises TrainerError: OCCUPIED where a stage or another collection is under way."""
+    collection = Collection(marker.store, uri)
+    try:
+        plan = plan_collection(marker, uri, policy, run_versions, collection.began)
+        if plan.leases:
+            raise TrainerError(
+                f"{uri}: {len(plan.leases)} stages are under way ({plan.leases[0]}); nothing was freed",
+                hint="try again when they are done; the lease of one that died ends after ten minutes",
+                code=ExitCode.OCCUPIED,
+            )
+    except BaseException:
+        collection.end()
+        raise
+    done = 0
+    for kind in DELETABLE:
+        keys = [found.key for found in plan.garbage if found.kind == kind]
+        for start in range(0, len(keys), BATCH):
+            if not collection.may_delete():
+                break
+            _delete_batch(marker.store, keys[start : start + BATCH])
+            done += len(keys[start : start + BATCH])
+    collection.end()
+    return Freed(done, sum(found.size for found in plan.garbage[:done]), len(plan.garbage) - done)
+
+
+def _delete_batch(store: ObjectStore, keys: list[str]) -> None:
+    """Some stores stop at the first key that is not there; then one after the other."""
+    import obstore
+
+    try:
+        obstore.delete(store, keys)
+    except FileNotFoundError:
+        if len(keys) > 1:
+            for key in keys:
+                _delete_batch(store, [key])

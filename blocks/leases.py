@@ -1,0 +1,229 @@
+"""Who is at work on a store: the leases of stages under way, and the mark of the collection that deletes from it.
+
+``leases/<id>.json`` is written before a stage relies on what the store has, again every minute, and deleted at its end;
+one that was not renewed for ten minutes is that of a process that died. ``gc.json`` has a new generation from the moment
+before a collection looks for what is needed. Both are judged by the store's own times, as clocks of machines differ.
+The argument why nothing is lost stands in `blocks.garbage`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from pydantic import AwareDatetime, Field, ValidationError
+
+from blocks.refs import swap, tag_of
+from trainer.contract import ExitCode, StoredRecord, TrainerError, utc_now
+
+if TYPE_CHECKING:
+    from obstore import UpdateVersion
+    from obstore.store import ObjectStore
+
+MARK_KEY = "gc.json"
+RENEW_SECONDS = 60.0
+LOOK_SECONDS = 1.0
+DEAD_AFTER = timedelta(minutes=10)  # of a lease, and of the mark of a collection that deletes
+TRIES = 5
+DELETE_SECONDS = 300.0  # so long a collection deletes by what it has found; less than others wait for it, retries included
+
+
+Done = TypeVar("Done")
+
+
+class LeaseFile(StoredRecord):
+    """``leases/<id>.json``, for people: only its existence and its time count."""
+
+    dataset: str
+    host: str = Field(default_factory=socket.gethostname)
+    started_at: AwareDatetime = Field(default_factory=utc_now)
+
+
+class CollectionMark(StoredRecord):
+    """``gc.json``. A listing that is newer than the end of this generation is true until there is another generation."""
+
+    generation: str
+    deleting: bool
+    started_at: AwareDatetime = Field(default_factory=utc_now)
+
+
+class CollectedMeanwhile(Exception):
+    """Garbage was collected since the store was last looked at, so what the cache says of it may be wrong."""
+
+
+def lease_key(name: str) -> str:
+    return f"leases/{name}.json"
+
+
+class Lease:
+    """A stage's, deleted at the end of its `with`. It is written by a thread of its own, beside the first packs."""
+
+    def __init__(self, store: ObjectStore, dataset: str) -> None:
+        self._store, self._key = store, lease_key(secrets.token_hex(8))
+        self._data = LeaseFile(dataset=dataset).model_dump_json(indent=1).encode()
+        self._written: Future[None] = Future()
+        self._over = threading.Event()
+        self._keeper: threading.Thread | None = None
+
+    def take(self) -> None:
+        if self._keeper is None:
+            self._keeper = threading.Thread(target=self._keep, daemon=True, name="lease")
+            self._keeper.start()
+
+    def confirm(self) -> None:
+        """Returns once the lease is in the store. Raises what its first writing has raised."""
+        self.take()
+        self._written.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from obstore.exceptions import BaseError
+
+        if self._keeper is None:
+            return
+        self._over.set()
+        self._keeper.join()
+        # One that stays behind ends by itself.
+        with contextlib.suppress(BaseError, FileNotFoundError):
+            _delete(self._store, self._key)
+
+    def store_time(self) -> datetime:
+        """What the store's clock says."""
+        self.confirm()
+        return _write_and_look(self._store, self._key, self._data)
+
+    def _keep(self) -> None:
+        from obstore.exceptions import BaseError
+
+        try:
+            self._write()
+        except BaseException as exc:
+            self._written.set_exception(exc)
+            return
+        self._written.set_result(None)
+        while not self._over.wait(RENEW_SECONDS):
+            # The next one may succeed; what is collected after a lease that ended shows in the generation.
+            with contextlib.suppress(BaseError):
+                self._write()
+
+    def _write(self) -> None:
+        import obstore
+
+        obstore.put(self._store, self._key, self._data)
+
+
+def _delete(store: ObjectStore, key: str) -> None:
+    import obstore
+
+    obstore.delete(store, key)
+
+
+def _write_and_look(store: ObjectStore, key: str, data: bytes) -> datetime:
+    import obstore
+
+    obstore.put(store, key, data)
+    return obstore.head(store, key)["last_modified"]
+
+
+# --- The mark of a collection ----------------------------------------------------------------------------
+
+
+def read_mark(store: ObjectStore, uri: str) -> tuple[CollectionMark | None, UpdateVersion | None, datetime | None]:
+    """The mark, what tells this state of it from the next, and when it was written. Raises TrainerError (DATA) for a damaged one."""
+    import obstore
+
+    try:
+        answer = obstore.get(store, MARK_KEY)
+        data = bytes(answer.bytes())
+    except FileNotFoundError:
+        return None, None, None
+    try:
+        mark = CollectionMark.model_validate_json(data)
+    except ValidationError as exc:
+        hint = "delete that object when nobody collects garbage there"
+        raise TrainerError(f"{uri}/{MARK_KEY} is damaged", hint=hint, code=ExitCode.DATA) from exc
+    return mark, tag_of(answer.meta), answer.meta["last_modified"]
+
+
+def check_generation(store: ObjectStore, uri: str, known: str) -> None:
+    """Raises CollectedMeanwhile where a collection has begun since the generation was `known`."""
+    mark, _, _ = read_mark(store, uri)
+    if (mark.generation if mark else "") != known:
+        raise CollectedMeanwhile
+
+
+def until_uncollected(work: Callable[[], Done], uri: str) -> Done:
+    """`work` once more where garbage was collected meanwhile: then it asks the store what it has, and sends what is gone."""
+    for _ in range(TRIES):
+        with contextlib.suppress(CollectedMeanwhile):
+            return work()
+    raise TrainerError(f"{uri}: garbage is collected from it all the time", hint="stage again", code=ExitCode.UNAVAILABLE)
+
+
+def settled_generation(store: ObjectStore, uri: str, clock: Callable[[], datetime] | None = None) -> str:
+    """The generation, once no collection deletes any more: a listing made after this is true until the next one.
+
+    `clock` asks the store what time it is; without one an object is written for that.
+    """
+    clock = clock or (lambda: _store_time(store))
+    while True:
+        mark, _, written = read_mark(store, uri)
+        if mark is None or written is None:
+            return ""
+        if not mark.deleting or clock() - written > DEAD_AFTER:
+            return mark.generation
+        time.sleep(LOOK_SECONDS)
+
+
+class Collection:
+    """The right to delete, for one at a time and for five minutes. ``began`` is by the store's clock."""
+
+    def __init__(self, store: ObjectStore, uri: str) -> None:
+        """Raises TrainerError (OCCUPIED) where another collection is under way."""
+        import obstore
+
+        self._store, self._uri = store, uri
+        self._mark = CollectionMark(generation=secrets.token_hex(8), deleting=True)
+        stored, tag, written = read_mark(store, uri)
+        # Before the mark is written: a process that is stopped in between has less time, not more.
+        self._started, self._started_monotonic = time.time(), time.monotonic()
+        busy = stored is not None and stored.deleting and written is not None and _store_time(store) - written <= DEAD_AFTER
+        # A swap whose answer was lost is refused when it is sent again.
+        if busy or not (swap(store, uri, MARK_KEY, self._mark, tag) or read_mark(store, uri)[0] == self._mark):
+            raise TrainerError(
+                f"{uri}: another garbage collection is under way, or was cut off less than ten minutes ago",
+                hint="try again in ten minutes",
+                code=ExitCode.OCCUPIED,
+            )
+        self.began = obstore.head(store, MARK_KEY)["last_modified"]
+
+    def may_delete(self) -> bool:
+        """Whether what was found is recent enough to be deleted, and nobody has taken over."""
+        stored, _, _ = read_mark(self._store, self._uri)
+        # The one clock stands still while a machine sleeps, the other may be set back.
+        spent = max(time.time() - self._started, time.monotonic() - self._started_monotonic)
+        return stored == self._mark and spent < DELETE_SECONDS
+
+    def end(self) -> None:
+        """Not for one whose deletion failed: its last request may still be on its way, so others wait until it is surely over."""
+        stored, tag, _ = read_mark(self._store, self._uri)
+        if stored == self._mark:
+            swap(self._store, self._uri, MARK_KEY, self._mark.model_copy(update={"deleting": False}), tag)
+
+
+def _store_time(store: ObjectStore) -> datetime:
+    """Asked where a mark is found that may be that of a process that died."""
+    key = lease_key(f"clock-{secrets.token_hex(8)}")
+    try:
+        return _write_and_look(store, key, b"")
+    finally:
+        _delete(store, key)
