@@ -33,6 +33,8 @@ MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
 MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 MAX_LINE_BYTES = 4 * MAX_PATH_BYTES + 512
 MAX_HEADER_BYTES = 64 * 2**20  # a header names its packs, some 70 bytes each
+MAX_MANIFEST_BYTES = 512 * 2**20  # as stored, those below included; a million files are some 45 MiB
+MAX_NUMBER = 2**63
 END = bytes(2 * BLOCK)
 STAGE_AGAIN = "send it anew from its folder: trainyard dataset stage --again"
 
@@ -194,7 +196,13 @@ def _read_files(stream: gzip.GzipFile, header: ManifestHeader) -> Iterator[Stage
                 yield path
                 continue
             _, digest, size, pack, offset = fields
-            if not all(isinstance(number, int) for number in (size, pack, offset)) or size < 0 or offset < 0 or pack < -1:
+            if (
+                not all(isinstance(number, int) for number in (size, pack, offset))
+                or size < 0
+                or offset < 0
+                or pack < -1
+                or size + offset >= MAX_NUMBER
+            ):
                 raise ValueError(f"impossible numbers for {path[:200]!r}")
             sha256 = bytes.fromhex(digest)
             if len(sha256) != hashlib.sha256().digest_size:
