@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 64
 READ_BYTES = 2**20
+HEADER_BYTES = 256 * 1024
 INDEX_BYTES = 256  # of a file in the index of a fetch, about
 MIB = 2**20
 
@@ -57,6 +58,18 @@ class Fetched:
     fetched_bytes: int
 
 
+def read_header(store_uri: str, version: str) -> ManifestHeader:
+    """What a version is in all. Reads no more of its manifest than the beginning. Raises as `read_version` does."""
+    import obstore
+
+    with told_plainly(store_uri):
+        try:
+            beginning = obstore.open_reader(open_store(store_uri), manifest_key(version), buffer_size=HEADER_BYTES)
+        except FileNotFoundError as exc:
+            raise _not_there(version) from exc
+        return open_manifest(beginning, version)[0]
+
+
 def read_version(store: ObjectStore, version: str) -> tuple[ManifestHeader, Iterator[StagedFile]]:
     """Header and files of a version, in the order of their paths; they are checked while they are read.
 
@@ -72,11 +85,7 @@ def read_version(store: ObjectStore, version: str) -> tuple[ManifestHeader, Iter
         try:
             found = obstore.get(store, manifest_key(wanted))
         except FileNotFoundError as exc:
-            raise TrainerError(
-                f"the store has no dataset version {wanted[:12]}",
-                hint="trainyard dataset list shows what it has; stage the dataset again",
-                code=ExitCode.NOT_FOUND,
-            ) from exc
+            raise _not_there(wanted) from exc
         read += found.meta["size"]
         if read > MAX_MANIFEST_BYTES:
             raise TrainerError(
@@ -90,6 +99,14 @@ def read_version(store: ObjectStore, version: str) -> tuple[ManifestHeader, Iter
             raise TrainerError(f"the manifests of version {version[:12]} name each other without end", code=ExitCode.DATA)
     assert newest is not None
     return newest, check_version(newest, merge_manifests(parts))
+
+
+def _not_there(version: str) -> TrainerError:
+    return TrainerError(
+        f"the store has no dataset version {version[:12]}",
+        hint="trainyard dataset list shows what it has; stage the dataset again",
+        code=ExitCode.NOT_FOUND,
+    )
 
 
 def fetch_version(

@@ -168,12 +168,12 @@ def write_manifest(out: IO[bytes], header: ManifestHeader, files: Iterable[Stage
             packed.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
 
 
-def open_manifest(data: bytes, version: str) -> tuple[ManifestHeader, Iterator[StagedFile | str]]:
+def open_manifest(data: bytes | IO[bytes], version: str) -> tuple[ManifestHeader, Iterator[StagedFile | str]]:
     """Header and lines of a manifest. Raises TrainerError (DATA) for one that is damaged, of another version, or hostile.
 
     Lines are checked while they are read: unsafe paths, wrong order (hence duplicates), impossible numbers.
     """
-    stream = gzip.GzipFile(fileobj=io.BytesIO(data))
+    stream = gzip.GzipFile(fileobj=io.BytesIO(data) if isinstance(data, bytes) else data)
     try:
         header = ManifestHeader.model_validate_json(_read_line(stream, MAX_HEADER_BYTES))
     except (OSError, EOFError, ValueError, ValidationError) as exc:
