@@ -134,6 +134,8 @@ class FileTree:
             finally:
                 os.close(descriptor)
         except FileExistsError as exc:
+            if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                raise _file_and_folder(path) from exc
             raise TrainerError(
                 f"{path} cannot be written: something of that name came there meanwhile, or its file system takes two names for one",
                 hint="choose a folder of a file system that tells all names apart, which nobody else writes to",
