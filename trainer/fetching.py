@@ -1,55 +1,73 @@
-"""Brings a staged dataset version to a folder: packs in parallel, every file's sha256 compared, taken up again after a cut.
+"""Brings a staged dataset version to a folder: ranges in parallel, every file's sha256 compared, taken up again after a cut.
 
 Files are written into ``<folder>.partial-<version>`` and renamed once all are there, so the folder is whole or absent.
-What a fetch that was cut left there is compared again and kept where it is right.
+What a fetch that was cut left there is compared again and kept where it is right; a large file goes on from its last byte.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import shutil
+import socket
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.contract import ExitCode, TrainerError
-from trainer.files import DISK_FULL, disk_full_error
-from trainer.locks import wait_for_lock
+from trainer.fetch_index import FetchIndex, Part, Wanted, cut_parts, wanted
+from trainer.file_tree import FileTree, open_root, probe_names, remove_others, write_all
+from trainer.locks import try_lock, wait_for_lock
 from trainer.packs import (
+    MAX_MANIFEST_BYTES,
     STAGE_AGAIN,
     ManifestHeader,
     StagedFile,
     check_version,
     manifest_key,
     merge_manifests,
-    merge_ranges,
-    object_key,
     open_manifest,
 )
+from trainer.ranges import RangeReader
 from trainer.storage import folders_told_plainly, open_store, told_plainly
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-WORKERS = 8
 MAX_DEPTH = 64
-GAP_BYTES = 2**20  # a request costs about as much as this many bytes
 READ_BYTES = 2**20
+HEADER_BYTES = 256 * 1024
+INDEX_BYTES = 256  # of a file in the index of a fetch, about
+MIB = 2**20
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Fetched:
+    """``fetched_bytes`` are those of files that were not there; of a large file that a cut left, the rest."""
+
     version: str
     files: int
     bytes: int
     fetched_files: int
     fetched_bytes: int
+
+
+def read_header(store_uri: str, version: str) -> ManifestHeader:
+    """What a version is in all. Reads no more of its manifest than the beginning. Raises as `read_version` does."""
+    import obstore
+
+    with told_plainly(store_uri):
+        try:
+            beginning = obstore.open_reader(open_store(store_uri), manifest_key(version), buffer_size=HEADER_BYTES)
+        except FileNotFoundError as exc:
+            raise _not_there(version) from exc
+        return open_manifest(beginning, version)[0]
 
 
 def read_version(store: ObjectStore, version: str) -> tuple[ManifestHeader, Iterator[StagedFile]]:
@@ -60,18 +78,20 @@ def read_version(store: ObjectStore, version: str) -> tuple[ManifestHeader, Iter
     import obstore
 
     parts: list[Iterator[StagedFile | str]] = []
+    read = 0
     newest: ManifestHeader | None = None
     wanted: str | None = version
     while wanted:
         try:
-            data = obstore.get(store, manifest_key(wanted)).bytes()
+            found = obstore.get(store, manifest_key(wanted))
         except FileNotFoundError as exc:
+            raise _not_there(wanted) from exc
+        read += found.meta["size"]
+        if read > MAX_MANIFEST_BYTES:
             raise TrainerError(
-                f"the store has no dataset version {wanted[:12]}",
-                hint="trainyard dataset list shows what it has; stage the dataset again",
-                code=ExitCode.NOT_FOUND,
-            ) from exc
-        header, lines = open_manifest(bytes(data), wanted)
+                f"the manifests of version {version[:12]} have more than {MAX_MANIFEST_BYTES // MIB} MiB", code=ExitCode.DATA
+            )
+        header, lines = open_manifest(bytes(found.bytes()), wanted)
         newest = newest or header
         parts.append(lines)
         wanted = header.base
@@ -81,213 +101,275 @@ def read_version(store: ObjectStore, version: str) -> tuple[ManifestHeader, Iter
     return newest, check_version(newest, merge_manifests(parts))
 
 
-def fetch_version(store_uri: str, version: str, to: Path, on_progress: Progress | None = None) -> Fetched:
+def _not_there(version: str) -> TrainerError:
+    return TrainerError(
+        f"the store has no dataset version {version[:12]}",
+        hint="trainyard dataset list shows what it has; stage the dataset again",
+        code=ExitCode.NOT_FOUND,
+    )
+
+
+def fetch_version(
+    store_uri: str,
+    version: str,
+    to: Path,
+    on_progress: Progress | None = None,
+    *,
+    on_wait: Callable[[str], None] | None = None,
+    on_start: Callable[[ManifestHeader], None] | None = None,
+    repair: bool = False,
+) -> Fetched:
     """Makes `to` the files of a version. Nothing is done where it is there already.
 
-    `on_progress` gets bytes done and bytes in all. Raises TrainerError: NOT_FOUND, DATA (damaged or hostile),
-    DISK_FULL, OCCUPIED (`to` holds something else), PERMISSION and UNAVAILABLE from the store.
+    `on_progress` gets bytes done and bytes in all; `on_wait` is told who fetches to there already; `on_start` gets the
+    header before anything is written. With `repair`, a folder that lacks files is filled where it is, else it is refused.
+    Raises TrainerError: NOT_FOUND, DATA (damaged or hostile), DISK_FULL, OCCUPIED (`to` holds something else),
+    CONFIG (a file system that takes two names for one), PERMISSION and UNAVAILABLE from the store.
     """
     with told_plainly(store_uri), folders_told_plainly():
-        return _fetch_locked(store_uri, version, to, on_progress)
+        store = open_store(store_uri)
+        with _locked(to.with_name(f"{to.name}.lock"), on_wait):
+            header, files = read_version(store, version)
+            if to.exists() and any(to.iterdir()):
+                if _is_whole(to, files):
+                    return Fetched(version, header.files, header.bytes, 0, 0)
+                if not repair:
+                    raise TrainerError(f"{to} holds other files", hint="give a new or empty folder", code=ExitCode.OCCUPIED)
+                folder = to
+                header, files = read_version(store, version)
+            else:
+                folder = to.with_name(f"{to.name}.partial-{version[:12]}")
+            if on_start:
+                on_start(header)
+            got = _Fetch(open_store(store_uri, "fetch"), header, folder, on_progress).run(files, to.with_name(f"{to.name}.index"))
+            if folder != to:
+                if to.exists():
+                    to.rmdir()
+                folder.rename(to)
+            return got
 
 
-def _fetch_locked(store_uri: str, version: str, to: Path, on_progress: Progress | None) -> Fetched:
-    """One fetch at a time into a folder: concurrent trainers of a machine share it."""
-    partial = to.with_name(f"{to.name}.partial-{version[:12]}")
-    lock_path = to.with_name(f"{to.name}.lock")
-    store = open_store(store_uri)
-    lock = wait_for_lock(lock_path)
-    assert lock is not None, "it waits without end"
+@contextlib.contextmanager
+def _locked(path: Path, on_wait: Callable[[str], None] | None) -> Iterator[None]:
+    """One fetch at a time into a folder: concurrent trainers of a machine share it. The lock's file says who fetches."""
+    lock = try_lock(path)
+    if lock is None and on_wait:
+        on_wait(_read_holder(path))
+    while lock is None or not _is_same(lock, path):  # the one before removes it
+        if lock is not None:
+            os.close(lock)
+        lock = wait_for_lock(path)
     try:
-        header, files = read_version(store, version)
-        if to.exists() and any(to.iterdir()):
-            got = Fetched(version, header.files, header.bytes, 0, 0) if _is_whole(to, files) else _refuse_occupied(to)
-        else:
-            got = _fetch_into(open_store(store_uri, "fetch"), header, list(files), partial, on_progress)
-            if to.exists():
-                to.rmdir()
-            partial.rename(to)
-        # Whoever waits for it finds the folder whole, so a lock that others cannot see any more does no harm.
-        lock_path.unlink(missing_ok=True)
-        return got
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+        path.unlink(missing_ok=True)
     finally:
         os.close(lock)
 
 
-def _refuse_occupied(to: Path) -> Fetched:
-    raise TrainerError(f"{to} holds other files", hint="give a new or empty folder", code=ExitCode.OCCUPIED)
-
-
-def _is_whole(folder: Path, files: Iterator[StagedFile]) -> bool:
-    """By size, as a rename has proven the content."""
+def _read_holder(path: Path) -> str:
     try:
-        return all((folder / file.path).stat().st_size == file.size for file in files)
+        return path.read_text()[:200] or "another process"
+    except FileNotFoundError:
+        return "another process"
+
+
+def _is_same(lock: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _fetch_into(store: ObjectStore, header: ManifestHeader, files: list[StagedFile], folder: Path, on_progress: Progress | None) -> Fetched:
-    folder.mkdir(parents=True, exist_ok=True)
-    for parent in sorted({os.path.dirname(file.path) for file in files}):  # noqa: PTH120 - a million paths
-        _make_folder(folder / parent, header.version)
-    missing = [file for file in files if not _is_there(folder / file.path, file)]
-    needed = sum(file.size for file in missing)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise TrainerError(
-            f"the disk is full at {folder}: {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB are free",
-            hint="free some space, or choose another folder",
-            code=ExitCode.DISK_FULL,
-        )
-    done = header.bytes - needed
-    _in_parallel(missing, lambda same: _fetch_object(store, same, folder), done, header.bytes, on_progress)
-    return Fetched(header.version, header.files, header.bytes, len(missing), needed)
-
-
-def _make_folder(path: Path, version: str) -> None:
+def _is_whole(folder: Path, files: Iterator[StagedFile]) -> bool:
+    """By size, as a rename has proven the content. Makes nothing; reads all of `files` only where it is whole."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as exc:
-        raise TrainerError(f"version {version[:12]} has {path.name!r} as a file and as a folder", code=ExitCode.DATA) from exc
-
-
-def _is_there(path: Path, file: StagedFile) -> bool:
-    """Whether an earlier fetch has brought it. What is wrong is removed."""
-    try:
-        if path.lstat().st_size == file.size and not path.is_symlink():
-            with path.open("rb") as opened:
-                if hashlib.file_digest(opened, "sha256").digest() == file.sha256:
-                    return True
-        path.unlink()
-    except FileNotFoundError:
-        pass
-    except IsADirectoryError as exc:
-        raise TrainerError(f"{path} is a folder and should be a file", code=ExitCode.DATA) from exc
-    return False
-
-
-def _fetch_object(store: ObjectStore, files: list[StagedFile], folder: Path) -> int:
-    """The files of one pack, or one large file. Returns their bytes."""
-    if files[0].pack:
-        for file, content in _read_pack(store, files):
-            _write(folder / file.path, content)
-    else:
-        _fetch_large(store, object_key(files[0]), files, folder)
-    return sum(file.size for file in files)
-
-
-def _read_pack(store: ObjectStore, files: list[StagedFile]) -> Iterator[tuple[StagedFile, memoryview]]:
-    """Files of one pack, sorted by offset, with their proven content. What nobody wants is not read where it is worth a request."""
-    import obstore
-
-    key = object_key(files[0])
-    ranges = merge_ranges([(file.offset, file.offset + file.size) for file in files if file.size], GAP_BYTES)
-    try:
-        buffers = obstore.get_ranges(store, key, starts=[a for a, _ in ranges], ends=[b for _, b in ranges]) if ranges else []
-    except FileNotFoundError as exc:
-        raise _missing(key) from exc
-    views = [(start, memoryview(buffer)) for (start, _), buffer in zip(ranges, buffers, strict=True)]
-    at = 0
-    for file in files:
-        while at + 1 < len(views) and views[at + 1][0] <= file.offset:
-            at += 1
-        content = views[at][1][file.offset - views[at][0] :][: file.size] if file.size else memoryview(b"")
-        if hashlib.sha256(content).digest() != file.sha256:
-            raise _wrong(key, file)
-        yield file, content
-
-
-def _verify_object(store: ObjectStore, files: list[StagedFile]) -> int:
-    if files[0].pack:
-        return sum(file.size for file, _ in _read_pack(store, files))
-    for _ in _read_large(store, object_key(files[0]), files[0]):
-        pass
-    return sum(file.size for file in files)
+        with open_root(folder) as root, FileTree(root, folder, make=False) as tree:
+            return all(tree.size(file.path) == file.size for file in files)
+    except TrainerError:  # a link or a file where a folder should be
+        return False
 
 
 def verify_version(store_uri: str, version: str, on_progress: Progress | None = None) -> Fetched:
-    """Reads every file of a version in the store and compares its sha256; writes nothing. Raises as `fetch_version` does."""
-    with told_plainly(store_uri):
-        header, files = read_version(open_store(store_uri), version)
-        store = open_store(store_uri, "fetch")
-        _in_parallel(list(files), lambda same: _verify_object(store, same), 0, header.bytes, on_progress)
+    """Reads every file of a version in the store and compares its sha256; keeps nothing. Raises as `fetch_version` does."""
+    with told_plainly(store_uri), folders_told_plainly(), tempfile.TemporaryDirectory(prefix="trainyard-") as scratch:
+        store = open_store(store_uri)
+        header, files = read_version(store, version)
+        reader = RangeReader(open_store(store_uri, "fetch"))
+        count = _Count(header.bytes, on_progress)
+
+        def verify(part: Part) -> None:
+            if part.is_large:
+                total = hashlib.sha256()
+                for content in reader.read_ahead(part.key, part.start, part.end):
+                    total.update(content)
+                _compare(total.digest(), part.files[0])
+            else:
+                content = reader.read(part.key, part.start, part.end)
+                for file in part.files:
+                    _compare(hashlib.sha256(_cut(content, part, file)).digest(), file)
+            count.add(sum(file.size for file in part.files))
+
+        with contextlib.closing(FetchIndex(Path(scratch) / "index")) as index:
+            index.fill(map(wanted, files))
+            reader.in_parallel(cut_parts(index.files()), verify)
     return Fetched(version, header.files, header.bytes, header.files, header.bytes)
 
 
-def _in_parallel(
-    files: list[StagedFile], work: Callable[[list[StagedFile]], int], done: int, total: int, on_progress: Progress | None
-) -> None:
-    """`work` on the files of each object at a time, sorted by offset."""
-    by_object = [list(same) for _, same in groupby(sorted(files, key=lambda f: (object_key(f), f.offset)), key=object_key)]
-    with ThreadPoolExecutor(WORKERS) as pool:
-        futures = [pool.submit(work, same) for same in by_object]
-        try:
-            for future in as_completed(futures):
-                done += future.result()
-                if on_progress:
-                    on_progress(done, total)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+class _Count:
+    """What is done, of all threads."""
+
+    def __init__(self, total: int, on_progress: Progress | None) -> None:
+        self.done = self.fetched_files = self.fetched_bytes = 0
+        self._total, self._on_progress = total, on_progress
+        self._lock = threading.Lock()
+
+    def add(self, done: int, *, files: int = 0, fetched: int = 0) -> None:
+        with self._lock:
+            self.done += done
+            self.fetched_files += files
+            self.fetched_bytes += fetched
+            if self._on_progress:
+                self._on_progress(self.done, self._total)
 
 
-def _read_large(store: ObjectStore, key: str, file: StagedFile) -> Iterator[bytes]:
-    """Its content piece by piece; raises at the end, or as soon as there is too much, where it is not what the manifest says."""
-    import obstore
+class _Fetch:
+    """One fetch into one folder. With `resumed`, there are files that may be right, half, or something else."""
 
-    total = hashlib.sha256()
-    size = 0
-    try:
-        for chunk in obstore.get(store, key).stream(min_chunk_size=READ_BYTES):
-            content = bytes(chunk)
-            size += len(content)
-            if size > file.size:
-                break
-            total.update(content)
-            yield content
-    except FileNotFoundError as exc:
-        raise _missing(key) from exc
-    if size != file.size or total.digest() != file.sha256:
-        raise _wrong(key, file)
+    def __init__(self, store: ObjectStore, header: ManifestHeader, folder: Path, on_progress: Progress | None) -> None:
+        self.header, self.folder = header, folder
+        self.resumed = os.path.lexists(folder)
+        self.reader = RangeReader(store)
+        self.count = _Count(header.bytes, on_progress)
 
+    def run(self, files: Iterator[StagedFile], index_path: Path) -> Fetched:
+        header = self.header
+        with open_root(self.folder) as root:
+            self._refuse_full(root, header.files * INDEX_BYTES, 0)
+            with contextlib.closing(FetchIndex(index_path)) as index:
+                needed = self._plan(files, index, root)
+                rules = probe_names(root)
+                if any(rules):
+                    index.refuse_collisions(rules)
+                self._refuse_full(root, needed, 0 if self.resumed else header.files)
+                self.reader.in_parallel(cut_parts(index.files()), lambda part: self._fetch_part(root, part))
+                if self.resumed:
+                    index.sort_paths()
+                    remove_others(root, index.has)
+        return Fetched(header.version, header.files, header.bytes, self.count.fetched_files, self.count.fetched_bytes)
 
-def _fetch_large(store: ObjectStore, key: str, files: list[StagedFile], folder: Path) -> None:
-    """One object as one or, where the dataset has copies of it, several files."""
-    first, *copies = files
-    path = folder / first.path
-    try:
-        with path.open("xb") as out:
-            for content in _read_large(store, key, first):
-                out.write(content)
+    def _plan(self, files: Iterator[StagedFile], index: FetchIndex, root: int) -> int:
+        """Fills the index. Returns the bytes of disk that are needed, by whole blocks."""
+        block = os.fstatvfs(root).f_frsize
+        needed = 0
+
+        def planned() -> Iterator[Wanted]:
+            nonlocal needed
+            with FileTree(root, self.folder) as tree:
+                for file in files:
+                    there = (tree.size(file.path) or 0) if self.resumed else 0
+                    needed += -(-max(0, file.size - there) // block) * block
+                    yield wanted(file)
+
+        index.fill(planned())
+        return needed
+
+    def _refuse_full(self, root: int, needed: int, files: int) -> None:
+        found = os.fstatvfs(root)
+        free = found.f_bavail * found.f_frsize
+        hint = "free some space, or choose another folder"
+        if needed > free:
+            message = f"the disk is full at {self.folder}: {needed / MIB:.0f} MiB needed, {free / MIB:.0f} MiB are free"
+            raise TrainerError(message, hint=hint, code=ExitCode.DISK_FULL)
+        if found.f_files and files > found.f_favail:  # some file systems count no files
+            message = f"the disk is full at {self.folder}: it takes {found.f_favail} more files, and {files} are needed"
+            raise TrainerError(message, hint=hint, code=ExitCode.DISK_FULL)
+
+    def _fetch_part(self, root: int, part: Part) -> None:
+        with FileTree(root, self.folder) as tree:
+            missing = [file for file in part.files if not self._is_there(tree, file)] if self.resumed else part.files
+            if part.is_large and missing:
+                there = next((file for file in part.files if file not in missing), None) if self.resumed else None
+                self._fetch_large(tree, part, missing, there)
+            elif missing:
+                for smaller in cut_parts(missing):
+                    self._fetch_small(tree, smaller)
+
+    def _is_there(self, tree: FileTree, file: Wanted) -> bool:
+        if not tree.holds(file.path, file.size, file.sha256):
+            return False
+        self.count.add(file.size)
+        return True
+
+    def _fetch_small(self, tree: FileTree, part: Part) -> None:
+        started = time.monotonic()
+        content = self.reader.read(part.key, part.start, part.end)
+        read = time.monotonic()
+        total = 0
+        for file in part.files:
+            cut = _cut(content, part, file)
+            _compare(hashlib.sha256(cut).digest(), file)
+            if self.resumed:
+                tree.remove(file.path)
+            tree.write(file.path, cut)
+            total += file.size
+        self.reader.streams.adapt(read - started, time.monotonic() - read)
+        self.count.add(total, files=len(part.files), fetched=total)
+
+    def _fetch_large(self, tree: FileTree, part: Part, missing: list[Wanted], there: Wanted | None) -> None:
+        """One file from the store, its copies from it; all of them copies where an earlier fetch brought one."""
+        source, *copies = missing if there is None else [there, *missing]
+        if there is None and not (self.resumed and self._append(tree, part, source, self._kept(tree, source))):
+            if self.resumed:
+                tree.remove(source.path)
+            if not self._append(tree, part, source, 0):
+                raise _wrong(source)
+        self.count.add(0, files=len(missing))
         for copy in copies:
-            shutil.copyfile(path, folder / copy.path)
-    except OSError as exc:
-        raise _told_full(exc, path, first.size) from exc
+            if self.resumed:
+                tree.remove(copy.path)
+            tree.copy(source.path, copy.path, copy.size)
+            self.count.add(copy.size, fetched=copy.size)
+
+    def _kept(self, tree: FileTree, file: Wanted) -> int:
+        """Bytes to go on from. What cannot be the beginning of the file is removed."""
+        size = tree.size(file.path)
+        if size is None or size >= file.size:
+            tree.remove(file.path)
+            return 0
+        return size
+
+    def _append(self, tree: FileTree, part: Part, file: Wanted, kept: int) -> bool:
+        """Writes the file from byte `kept` on. Whether it is right then; it is removed where it is not."""
+        total = hashlib.sha256()
+        with tree.opened(file.path, os.O_RDWR | os.O_CREAT | (0 if kept else os.O_EXCL), file.size) as descriptor:
+            while content := os.read(descriptor, READ_BYTES):
+                total.update(content)
+            self.count.add(kept)
+            for piece in self.reader.read_ahead(part.key, part.start + kept, part.end):
+                total.update(piece)
+                write_all(descriptor, piece)
+                self.count.add(len(piece), fetched=len(piece))
+        if total.digest() == file.sha256:
+            return True
+        tree.remove(file.path)
+        self.count.add(-file.size, fetched=kept - file.size)
+        return False
 
 
-def _write(path: Path, content: memoryview) -> None:
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-        try:
-            while content:
-                content = content[os.write(descriptor, content) :]
-        finally:
-            os.close(descriptor)
-    except OSError as exc:
-        raise _told_full(exc, path, len(content)) from exc
+def _cut(content: memoryview, part: Part, file: Wanted) -> memoryview:
+    return content[file.offset - part.start :][: file.size]
 
 
-def _told_full(exc: OSError, path: Path, needed: int) -> OSError:
-    return disk_full_error(path, exc.errno, needed) if exc.errno in DISK_FULL else exc
+def _compare(digest: bytes, file: Wanted) -> None:
+    if digest != file.sha256:
+        raise _wrong(file)
 
 
-def _missing(key: str) -> TrainerError:
-    return TrainerError(f"the store lacks {key}, which the manifest names", hint=STAGE_AGAIN, code=ExitCode.DATA)
-
-
-def _wrong(key: str, file: StagedFile) -> TrainerError:
+def _wrong(file: Wanted) -> TrainerError:
     return TrainerError(
-        f"{file.path} in {key} is damaged: its sha256 is not {file.sha256.hex()[:12]}...",
+        f"{file.path} in {file.key} is damaged: its sha256 is not {file.sha256.hex()[:12]}...",
         hint=STAGE_AGAIN,
         code=ExitCode.DATA,
     )

@@ -33,6 +33,8 @@ MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
 MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 MAX_LINE_BYTES = 4 * MAX_PATH_BYTES + 512
 MAX_HEADER_BYTES = 64 * 2**20  # a header names its packs, some 70 bytes each
+MAX_MANIFEST_BYTES = 512 * 2**20  # as stored, those below included; a million files are some 45 MiB
+MAX_NUMBER = 2**63
 END = bytes(2 * BLOCK)
 STAGE_AGAIN = "send it anew from its folder: trainyard dataset stage --again"
 
@@ -166,12 +168,12 @@ def write_manifest(out: IO[bytes], header: ManifestHeader, files: Iterable[Stage
             packed.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
 
 
-def open_manifest(data: bytes, version: str) -> tuple[ManifestHeader, Iterator[StagedFile | str]]:
+def open_manifest(data: bytes | IO[bytes], version: str) -> tuple[ManifestHeader, Iterator[StagedFile | str]]:
     """Header and lines of a manifest. Raises TrainerError (DATA) for one that is damaged, of another version, or hostile.
 
     Lines are checked while they are read: unsafe paths, wrong order (hence duplicates), impossible numbers.
     """
-    stream = gzip.GzipFile(fileobj=io.BytesIO(data))
+    stream = gzip.GzipFile(fileobj=io.BytesIO(data) if isinstance(data, bytes) else data)
     try:
         header = ManifestHeader.model_validate_json(_read_line(stream, MAX_HEADER_BYTES))
     except (OSError, EOFError, ValueError, ValidationError) as exc:
@@ -194,7 +196,13 @@ def _read_files(stream: gzip.GzipFile, header: ManifestHeader) -> Iterator[Stage
                 yield path
                 continue
             _, digest, size, pack, offset = fields
-            if not all(isinstance(number, int) for number in (size, pack, offset)) or size < 0 or offset < 0 or pack < -1:
+            if (
+                not all(isinstance(number, int) for number in (size, pack, offset))
+                or size < 0
+                or offset < 0
+                or pack < -1
+                or size + offset >= MAX_NUMBER
+            ):
                 raise ValueError(f"impossible numbers for {path[:200]!r}")
             sha256 = bytes.fromhex(digest)
             if len(sha256) != hashlib.sha256().digest_size:

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.staged_store import read_tree, write, write_store
+from trainer import fetching
+from trainer.contract import ExitCode, TrainerError
+from trainer.fetch_index import GAP_BYTES, PART_BYTES, FetchIndex, Wanted, cut_parts
+from trainer.fetching import fetch_version, read_header, verify_version
+from trainer.file_tree import FileTree, NameRules, open_root
+from trainer.packs import file_key
+from trainer.ranges import FEWEST_STREAMS, MOST_STREAMS, next_streams
+
+SMALL = {"a/1.txt": b"one", "a/2.txt": b"two", "b/copy of 1": b"one", "empty": b""}
+LARGE = random.Random(1).randbytes(2 * PART_BYTES + 12345)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """Ranges of objects that were read."""
+    import obstore
+
+    real = obstore.get_range
+    seen: list[tuple[str, int, int]] = []
+
+    def counted(store: Any, path: str, *, start: int, end: int) -> Any:
+        seen.append((path, start, end))
+        return real(store, path, start=start, end=end)
+
+    monkeypatch.setattr(obstore, "get_range", counted)
+    return seen
+
+
+def partial(to: Path, version: str) -> Path:
+    return to.with_name(f"{to.name}.partial-{version[:12]}")
+
+
+def left(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("copy"))
+
+
+# --- Files ---------------------------------------------------------------------------------------------
+
+
+def test_files_of_all_kinds_arrive(store: Path, tmp_path: Path) -> None:
+    """Also one that is larger than a read and yet in a pack, and copies of it."""
+    packed = {**SMALL, "large in a pack": LARGE, "large again": LARGE}
+    alone = {"c/large": LARGE[1:], "copy of large": LARGE[1:], "no longer than a read": LARGE[:PART_BYTES], "short": b"x"}
+    version = write_store(store, packed, alone)
+    progress: list[tuple[int, int]] = []
+    fetched = fetch_version(str(store), version, tmp_path / "copy", lambda done, total: progress.append((done, total)))
+    assert read_tree(tmp_path / "copy") == {**packed, **alone}
+    assert fetched.fetched_bytes == fetched.bytes == sum(map(len, [*packed.values(), *alone.values()]))
+    assert fetched.fetched_files == fetched.files == len(packed) + len(alone)
+    assert progress[-1] == (fetched.bytes, fetched.bytes)
+    assert left(tmp_path) == ["copy"], "neither lock nor index nor half a folder"
+    assert read_header(str(store), version).bytes == fetched.bytes
+    assert verify_version(str(store), version).files == fetched.files
+
+
+def test_a_large_file_goes_on_from_the_bytes_that_are_there(store: Path, tmp_path: Path, reads: list[tuple[str, int, int]]) -> None:
+    version = write_store(store, SMALL, {"large": LARGE})
+    kept = 2 * PART_BYTES
+    write(partial(tmp_path / "copy", version) / "large", LARGE[:kept])
+    fetched = fetch_version(str(store), version, tmp_path / "copy")
+    assert [(start, end) for key, start, end in reads if key.startswith("files/")] == [(kept, len(LARGE))]
+    assert fetched.fetched_bytes == fetched.bytes - kept
+    assert read_tree(tmp_path / "copy") == {**SMALL, "large": LARGE}
+
+
+@pytest.mark.parametrize("there", [b"something else", LARGE + b"longer", b"\0" * len(LARGE)])
+def test_a_large_file_that_is_not_the_beginning_is_fetched_anew(store: Path, tmp_path: Path, there: bytes) -> None:
+    version = write_store(store, SMALL, {"large": LARGE})
+    write(partial(tmp_path / "copy", version) / "large", there)
+    progress: list[int] = []
+    fetched = fetch_version(str(store), version, tmp_path / "copy", lambda done, _: progress.append(done))
+    assert read_tree(tmp_path / "copy") == {**SMALL, "large": LARGE}
+    assert progress[-1] == fetched.fetched_bytes == fetched.bytes
+
+
+def test_a_copy_that_is_there_is_not_fetched_again(store: Path, tmp_path: Path, reads: list[tuple[str, int, int]]) -> None:
+    version = write_store(store, SMALL, {"large": LARGE, "large too": LARGE})
+    write(partial(tmp_path / "copy", version) / "large too", LARGE)
+    fetch_version(str(store), version, tmp_path / "copy")
+    assert [key for key, _, _ in reads if key.startswith("files/")] == []
+    assert read_tree(tmp_path / "copy") == {**SMALL, "large": LARGE, "large too": LARGE}
+
+
+def test_what_is_not_of_the_version_does_not_come_along(store: Path, tmp_path: Path) -> None:
+    version = write_store(store, SMALL)
+    folder = partial(tmp_path / "copy", version)
+    write(folder / "x/y/other.jpg", b"not of the version")
+    (folder / "x/link").symlink_to(tmp_path)
+    fetch_version(str(store), version, tmp_path / "copy")
+    assert read_tree(tmp_path / "copy") == SMALL
+    assert not (tmp_path / "copy/x").exists()
+
+
+@pytest.mark.parametrize("cut", ["files/", "packs/"])
+def test_an_object_that_is_too_short_is_told_as_damage(store: Path, tmp_path: Path, cut: str) -> None:
+    version = write_store(store, SMALL, {"large": LARGE})
+    [path] = (path for path in (store / cut).rglob("*") if path.is_file())
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(TrainerError, match="is damaged: it ends before") as refused:
+        fetch_version(str(store), version, tmp_path / "copy")
+    assert refused.value.code is ExitCode.DATA
+
+
+# --- Hostile stores and folders ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["", "a"])
+def test_a_prepared_link_to_a_folder_is_refused(store: Path, tmp_path: Path, where: str) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    version = write_store(store, SMALL)
+    link = partial(tmp_path / "copy", version) / where
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(outside)
+    with pytest.raises(TrainerError, match="is a link or a file, and should be a folder") as refused:
+        fetch_version(str(store), version, tmp_path / "copy")
+    assert refused.value.code is ExitCode.OCCUPIED
+    assert list(outside.iterdir()) == []
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("name", ["a/1.txt", "large"])
+def test_a_prepared_link_to_a_file_is_replaced(store: Path, tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"precious")
+    version = write_store(store, SMALL, {"large": LARGE})
+    link = partial(tmp_path / "copy", version) / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside)
+    fetch_version(str(store), version, tmp_path / "copy")
+    assert outside.read_bytes() == b"precious"
+    assert not (tmp_path / "copy" / name).is_symlink()
+    assert read_tree(tmp_path / "copy") == {**SMALL, "large": LARGE}
+
+
+def test_a_link_that_appears_meanwhile_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "root/a").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    with open_root(tmp_path / "root") as root, FileTree(root, tmp_path / "root") as tree:
+        tree.write("b/1", memoryview(b"x"))
+        (tmp_path / "root/a").rmdir()
+        (tmp_path / "root/a").symlink_to(tmp_path / "outside")
+        with pytest.raises(TrainerError, match="is a link"):
+            tree.write("a/1", memoryview(b"x"))
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a")])
+def test_a_path_that_is_file_and_folder_is_refused(store: Path, tmp_path: Path, names: tuple[str, str]) -> None:
+    version = write_store(store, {name: name.encode() for name in names})
+    with pytest.raises(TrainerError, match="as a file and as a folder") as refused:
+        fetch_version(str(store), version, tmp_path / "copy")
+    assert refused.value.code is ExitCode.DATA
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("promised", [{"bytes": 2**60}, {"files": 2**50}])
+def test_a_version_that_does_not_fit_is_refused_before_anything_is_written(store: Path, tmp_path: Path, promised: dict[str, int]) -> None:
+    version = write_store(store, SMALL, **promised)
+    with pytest.raises(TrainerError) as refused:
+        fetch_version(str(store), version, tmp_path / "copy")
+    assert refused.value.code in (ExitCode.DISK_FULL, ExitCode.DATA)
+    assert read_tree(partial(tmp_path / "copy", version)) == {}
+
+
+def test_a_manifest_without_end_is_not_read_into_memory(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "MAX_MANIFEST_BYTES", 100)
+    with pytest.raises(TrainerError, match="have more than"):
+        fetch_version(str(store), write_store(store, SMALL), tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("rules", "names"),
+    [
+        (NameRules(ignores_case=True, composes=False), ("Cat.jpg", "cat.jpg")),
+        (NameRules(ignores_case=True, composes=False), ("Cat/1.jpg", "cat/2.jpg")),
+        (NameRules(ignores_case=True, composes=True), ("STRASSE", "straße")),
+        (NameRules(ignores_case=False, composes=True), ("caf\u00e9.jpg", "cafe\u0301.jpg")),
+    ],
+)
+def test_names_that_the_file_system_takes_for_one_are_refused(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rules: NameRules, names: tuple[str, str]
+) -> None:
+    version = write_store(store, {**SMALL, **{name: name.encode() for name in names}})
+    fetch_version(str(store), version, tmp_path / "a file system that tells them apart")
+    monkeypatch.setattr(fetching, "probe_names", lambda root: rules)
+    with pytest.raises(TrainerError, match=r"takes .* for one name") as refused:
+        fetch_version(str(store), version, tmp_path / "copy")
+    assert refused.value.code is ExitCode.CONFIG
+    assert all(repr(name.split("/")[0]) in str(refused.value) for name in names)
+    fetch_version(str(store), write_store(store, SMALL), tmp_path / "no two names are one")
+
+
+def test_a_second_file_of_the_same_name_is_refused_in_any_case(tmp_path: Path) -> None:
+    with open_root(tmp_path) as root, FileTree(root, tmp_path) as tree:
+        tree.write("a", memoryview(b"first"))
+        with pytest.raises(TrainerError, match="takes two names for one"):
+            tree.write("a", memoryview(b"second"))
+    assert (tmp_path / "a").read_bytes() == b"first"
+
+
+# --- Planning --------------------------------------------------------------------------------------------
+
+FILES = st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 3 * GAP_BYTES), st.integers(0, PART_BYTES + GAP_BYTES)), max_size=20)
+
+
+@given(FILES)
+def test_parts_hold_each_file_once_and_are_no_longer_than_needed(places: list[tuple[str, int, int]]) -> None:
+    files = sorted(Wanted(key, offset, bytes(32), str(number), size) for number, (key, offset, size) in enumerate(places))
+    parts = list(cut_parts(files))
+    assert sorted(file for part in parts for file in part.files) == files
+    for part in parts:
+        assert all(file.key == part.key and part.start <= file.offset and file.offset + file.size <= part.end for file in part.files)
+        assert not part.is_large or len({(file.offset, file.size) for file in part.files}) == 1
+        assert (part.start, part.end) == (part.files[0].offset, max(file.offset + file.size for file in part.files))
+
+
+def test_the_index_sorts_by_object_and_leaves_nothing(tmp_path: Path) -> None:
+    digest = hashlib.sha256(b"").digest()
+    files = [Wanted(key, offset, digest, f"{key}{offset}", 1) for offset in (3, 1, 2) for key in ("b", "a")]
+    (tmp_path / "index").write_text("of a fetch that was killed")
+    index = FetchIndex(tmp_path / "index")
+    index.fill(files)
+    assert list(index.files()) == sorted(files)
+    index.sort_paths()
+    assert (index.has("a1"), index.has("a9")) == (True, False)
+    index.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("streams", "reading", "writing", "then"),
+    [
+        (8, 0.05, 0.01, 9),  # the way takes the time
+        (8, 0.01, 0.05, 8),  # the disk does
+        (8, 3.0, 0.01, 8),  # the link is full
+        (8, 20.0, 0.01, 7),  # and parts come close to their time limit
+        (MOST_STREAMS, 0.05, 0.01, MOST_STREAMS),
+        (FEWEST_STREAMS, 20.0, 0.01, FEWEST_STREAMS),
+    ],
+)
+def test_streams_follow_what_takes_the_time(streams: int, reading: float, writing: float, then: int) -> None:
+    assert next_streams(streams, reading, writing) == then
+
+
+def test_a_missing_large_file_is_told(store: Path, tmp_path: Path) -> None:
+    version = write_store(store, SMALL, {"large": LARGE})
+    (store / file_key(hashlib.sha256(LARGE).digest())).unlink()
+    with pytest.raises(TrainerError, match="the store lacks files/"):
+        fetch_version(str(store), version, tmp_path / "copy")
