@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 from trainer.contract import ExitCode, TrainerError
 from trainer.fetch_index import FetchIndex, Part, Wanted, cut_parts, wanted
@@ -67,7 +67,7 @@ def read_header(store_uri: str, version: str) -> ManifestHeader:
             beginning = obstore.open_reader(open_store(store_uri), manifest_key(version), buffer_size=HEADER_BYTES)
         except FileNotFoundError as exc:
             raise _not_there(version) from exc
-        return open_manifest(beginning, version)[0]
+        return open_manifest(cast("IO[bytes]", beginning), version)[0]
 
 
 def read_version(store: ObjectStore, version: str) -> tuple[ManifestHeader, Iterator[StagedFile]]:

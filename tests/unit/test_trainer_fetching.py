@@ -173,7 +173,7 @@ def test_a_path_that_is_file_and_folder_is_refused(store: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize("promised", [{"bytes": 2**60}, {"files": 2**50}])
 def test_a_version_that_does_not_fit_is_refused_before_anything_is_written(store: Path, tmp_path: Path, promised: dict[str, int]) -> None:
-    version = write_store(store, SMALL, **promised)
+    version = write_store(store, SMALL, None, **promised)
     with pytest.raises(TrainerError) as refused:
         fetch_version(str(store), version, tmp_path / "copy")
     assert refused.value.code in (ExitCode.DISK_FULL, ExitCode.DATA)
