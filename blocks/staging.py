@@ -392,8 +392,15 @@ def put_object(store: ObjectStore, key: str, content: bytes) -> None:
 def put_file(store: ObjectStore, key: str, path: Path, found: Stat) -> None:
     """Sends a file too large to hold, which was `found` so when it was hashed. What changed since is not kept under that hash."""
     import obstore
+    from obstore.exceptions import BaseError
 
-    obstore.put(store, key, path)
+    try:
+        obstore.put(store, key, path)
+    except (BaseError, FileNotFoundError) as exc:
+        # obstore repeats the end of an upload in parts where the answer is lost, and the store knows those parts no more.
+        if not any(code in str(exc) for code in ("InvalidBlockList", "NoSuchUpload")):
+            raise
+        obstore.put(store, key, path)
     if stat_of(path.stat()) != found:
         obstore.delete(store, key)
         raise _changed(str(path))
