@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -272,18 +271,6 @@ def test_a_stage_killed_after_it_slept_is_mended_by_the_next(store_uri: str, sou
     ref, _ = read_ref(open_store(store_uri), store_uri, "source")
     assert ref is not None
     assert not objects(store_uri, "files/"), "the ref names what is gone"
-    assert_whole(store_uri, stage_folder(source, store_uri))
-
-
-def test_another_machine_takes_over_no_manifest_whose_packs_are_gone(store_uri: str, source: Path, tmp_path: Path) -> None:
-    """A stager that died after it slept has left a manifest without its packs; the same files come from elsewhere."""
-    import obstore
-
-    stage_folder(source, store_uri)
-    store = open_store(store_uri)
-    delete_ref(store, store_uri, "source")
-    obstore.delete(store, sorted(objects(store_uri, "packs/")))
-    shutil.rmtree(tmp_path / "home/staging")
     assert_whole(store_uri, stage_folder(source, store_uri))
 
 

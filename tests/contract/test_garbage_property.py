@@ -30,6 +30,7 @@ NAMES = ("cats", "dogs")
 KEPT = 2
 FILES = [f"{folder}{number}" for folder in ("", "a/", "b/c/") for number in range(4)]
 CONTENTS = st.integers(0, 7).map(lambda number: bytes([number]) * (number * 97))  # few, so that they come back
+CHANGES = st.dictionaries(st.sampled_from(FILES), st.none() | CONTENTS | CONTENTS, min_size=1, max_size=6)
 MOMENTS = st.integers(0, 6)
 GRACES = st.sampled_from([timedelta(0), timedelta(hours=3)])
 NAME = st.sampled_from(NAMES)
@@ -85,45 +86,48 @@ class Store(RuleBasedStateMachine):
         self.ticks = 0
 
     def teardown(self) -> None:
-        self.patch.undo()
-        shutil.rmtree(self.folder)
+        try:
+            self.release_all()
+        finally:
+            self.patch.undo()
+            shutil.rmtree(self.folder)
 
     # --- What happens ---
 
-    @initialize(tree=st.dictionaries(st.sampled_from(FILES), CONTENTS, min_size=1))
-    def begin(self, tree: dict[str, bytes]) -> None:
-        for path, content in tree.items():
-            self.change(NAMES[0], path, content)
+    def change(self, name: str, changes: dict[str, bytes | None]) -> bool:
+        """Whether the dataset has files then."""
+        for path, content in changes.items():
+            file = self.folder / name / path
+            if content is not None:
+                self.ticks += 1
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+                os.utime(file, (1e9, 1e9 + self.ticks))
+                self.trees[name][path] = content
+            elif self.trees[name].pop(path, None) is not None:
+                file.unlink()
+        return bool(self.trees[name])
 
-    @rule(name=NAME, path=st.sampled_from(FILES), content=CONTENTS)
-    def change(self, name: str, path: str, content: bytes) -> None:
-        file = self.folder / name / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
-        self.ticks += 1
-        os.utime(file, (1e9, 1e9 + self.ticks))
-        self.trees[name][path] = content
+    @initialize(changes=CHANGES)
+    def begin(self, changes: dict[str, bytes | None]) -> None:
+        for name in NAMES:
+            self.stage(name, {"first": name.encode(), **changes}, False)
 
-    @rule(name=NAME, path=st.sampled_from(FILES))
-    def remove(self, name: str, path: str) -> None:
-        if self.trees[name].pop(path, None) is not None:
-            (self.folder / name / path).unlink()
-
-    @rule(name=NAME, again=st.sampled_from([False, False, False, True]))
-    def stage(self, name: str, again: bool) -> None:
-        if self.trees[name]:
+    @rule(name=NAME, changes=CHANGES, again=st.sampled_from([False, False, False, True]))
+    def stage(self, name: str, changes: dict[str, bytes | None], again: bool) -> None:
+        if self.change(name, changes):
             staged = stage_folder(self.folder / name, self.uri, again=again)
             self.versions[staged.version] = dict(self.trees[name])
 
-    @rule(name=NAME, at=MOMENTS)
-    def crash_a_stage(self, name: str, at: int) -> None:
-        if self.trees[name]:
-            with killed_after(at, "put"):
-                self.stage(name, False)
-            # Its ref may have moved before it died.
-            ref = list_refs(self.store, self.uri).get(name)
-            if ref is not None and ref.version not in self.versions:
-                self.versions[ref.version] = dict(self.trees[name])
+    @rule(name=NAME, changes=CHANGES, at=MOMENTS, hours=st.sampled_from([0, 1]))
+    def crash_a_stage(self, name: str, changes: dict[str, bytes | None], at: int, hours: float) -> None:
+        with killed_after(at, "put"):
+            self.stage(name, changes, False)
+        # Its ref may have moved before it died.
+        ref = list_refs(self.store, self.uri).get(name)
+        if ref is not None and ref.version not in self.versions:
+            self.versions[ref.version] = dict(self.trees[name])
+        self.pass_time(hours)
 
     @rule()
     def lose_the_cache(self) -> None:
@@ -173,8 +177,8 @@ class Store(RuleBasedStateMachine):
             self.collect_garbage(grace)
         self.pass_time(1)  # else every stage that follows waits for it to be over
 
-    @rule(name=NAME, at=MOMENTS, asleep=st.booleans())
-    def stage_beside_a_collection(self, name: str, at: int, asleep: bool) -> None:
+    @rule(name=NAME, changes=CHANGES, at=MOMENTS, asleep=st.booleans())
+    def stage_beside_a_collection(self, name: str, changes: dict[str, bytes | None], at: int, asleep: bool) -> None:
         """Just before one of its writes; where the stage was `asleep`, its lease has ended."""
         put, puts = obstore.put, [0]
 
@@ -190,7 +194,7 @@ class Store(RuleBasedStateMachine):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("blocks.staging.SENDERS", 1)
             patch.setattr(obstore, "put", meddling)
-            self.stage(name, False)
+            self.stage(name, changes, False)
 
     @rule(hours=st.sampled_from([0.05, 1, 5]))
     def pass_time(self, hours: float) -> None:
@@ -224,14 +228,13 @@ class Store(RuleBasedStateMachine):
             found = {str(path.relative_to(copy)): path.read_bytes() for path in copy.rglob("*") if path.is_file()}
             assert found == self.versions[version]
 
-    @rule()
     def release_all(self) -> None:
         self.fetch_all()
         for run in list(self.pins):
             self.close_a_run(run)
         for name in list_refs(self.store, self.uri):
             delete_ref(self.store, self.uri, name)
-        self.pass_time(1)
+        self.pass_time(1)  # what is cut off is over
         collect(open_marker(self.uri), self.uri, Policy(grace=timedelta(0)), ())
         assert set(list_paths(self.store, "")) <= {"gc.json", "gc.json.lock", *(f"refs/{name}.json.lock" for name in NAMES)}
 
@@ -246,7 +249,7 @@ def run_machine(examples: int, steps: int) -> None:
 
 
 def test_nothing_needed_is_lost_and_nothing_else_stays() -> None:
-    run_machine(examples=15, steps=25)
+    run_machine(examples=25, steps=25)
 
 
 @pytest.mark.full
