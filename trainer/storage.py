@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 REMOTE_SCHEMES = ("s3", "gs", "az")
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
-CREATE_TRIES = 5
-CREATE_PAUSE_SECONDS = 0.2
 RETRY_FOR = timedelta(minutes=3)  # a signed request is good for five
 
 
@@ -222,6 +220,10 @@ class ObjectFolder:
                 hint="choose another output folder with --output, or mend its permissions",
                 code=ExitCode.OCCUPIED,
             ) from exc
+
+
+CREATE_TRIES = 5
+CREATE_PAUSE_SECONDS = 0.2
 
 
 class BucketFolder(ObjectFolder):
