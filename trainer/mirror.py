@@ -19,7 +19,7 @@ from trainer.checkpoint import CheckpointRecord, checkpoint_path, record_path
 from trainer.contract import AttemptLayout, ExitCode, ManifestFile, ResultManifest, RunLayout, TrainerError
 from trainer.files import write_atomic
 from trainer.storage import ObjectFolder, folders_told_plainly, list_paths, open_store, to_uri, told_plainly
-from trainer.transfer import in_parallel, open_for_files, pull_files, push_file
+from trainer.transfer import checked_name, in_parallel, open_for_files, pull_files, push_file
 
 LONG_LOG_BYTES = 2**20
 LONG_LOG_SHARE = 64  # stores cannot append: a longer log is sent anew when it has grown by this part of itself
@@ -141,7 +141,7 @@ class Mirror:
         revoke = partial(self._delete, AttemptLayout.MANIFEST, there)
         in_parallel(
             lambda name: push_file(self._store, name, self.layout / name, files[name], before_write=revoke),
-            {name: file.bytes for name, file in files.items()},
+            {checked_name(name): file.bytes for name, file in files.items()},
         )
         self._refuse_newer_attempt()
         self.objects.put(AttemptLayout.MANIFEST, text)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -33,6 +34,7 @@ PART_BYTES = 8 * 2**20  # smaller files are sent in one piece
 PARTS = 4  # at a time, of one file: no more than WORKERS * (PARTS + 1) * PART_BYTES of memory
 MOST_PARTS = 5_000  # of one object; stores allow 10,000 and more
 READ_BYTES = 2**20
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 DIGEST = "sha256"  # its name in an object's metadata
 
 
@@ -55,7 +57,7 @@ def push_files(
     """
     with folders_told_plainly(), told_plainly(uri):
         store = open_for_files(uri)
-        sizes = {_checked(name): _size_of(folder / name) for name in names}
+        sizes = {checked_name(name): _size_of(folder / name) for name in names}
         return in_parallel(lambda name: push_file(store, name, folder / name, (expected or {}).get(name)), sizes, on_progress)
 
 
@@ -169,7 +171,7 @@ def pull_files(uri: str, folder: Path, files: Mapping[str, ManifestFile], on_pro
     """
     with folders_told_plainly(), told_plainly(uri):
         store = open_store(uri)
-        sizes = {_checked(name): file.bytes for name, file in files.items()}
+        sizes = {checked_name(name): file.bytes for name, file in files.items()}
         in_parallel(lambda name: _pull_file(store, name, folder / name, files[name]), sizes, on_progress)
 
 
@@ -240,7 +242,7 @@ def fetch_weights(uri: str, folder: Path) -> Path:
         except FileNotFoundError as exc:
             raise _no_weights(uri) from exc
         state = hashlib.sha256(f"{uri}\0{meta['e_tag']}\0{meta['size']}".encode()).hexdigest()[:16]
-        path = folder / state / _checked(name)
+        path = folder / state / checked_name(name)
         lock = wait_for_lock(folder / state / ".lock")  # trainers of one machine share what one of them fetches
         assert lock is not None, "it waits without end"
         try:
@@ -257,8 +259,10 @@ def _no_weights(uri: str) -> TrainerError:
     return TrainerError(f"the weights file {uri} does not exist", hint="check bucket and name", code=ExitCode.NOT_FOUND)
 
 
-def _checked(name: str) -> str:
+def checked_name(name: str) -> str:
     try:
+        if not_keys := CONTROL.findall(name):
+            raise ValueError(f"{not_keys[0]!r} in the name {name[:200]!r}, which stores refuse,")
         return check_path(name)
     except ValueError as exc:
         raise TrainerError(f"{exc} in a list of files", hint="do not use what wrote it", code=ExitCode.DATA) from exc
