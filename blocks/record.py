@@ -20,7 +20,7 @@ from blocks.job import FailureReason, JobRef, JobState, JobStatus, Plan, Result,
 from blocks.places import home
 from trainer.contract import STORED, AttemptLayout, DatasetRef, RunLayout, StoredRecord, TrainyardError, utc_now
 from trainer.dataset import DatasetIndex, added_files, changed_files
-from trainer.storage import ObjectFolder, to_path, to_uri
+from trainer.storage import ObjectFolder, to_uri
 
 Record = TypeVar("Record", bound=StoredRecord)
 
@@ -260,7 +260,7 @@ def find_run(prefix: str) -> RunRecord:
         RunRecord(uri, name)
         for uri in known_outputs()
         for name in ObjectFolder(uri).names()
-        if name.startswith(prefix) and (to_path(uri) / name / RunLayout.RUN).exists()
+        if name.startswith(prefix) and RunRecord(uri, name).exists()
     ]
     exact = [record for record in found if record.run_id == prefix]
     if len(exact or found) == 1:

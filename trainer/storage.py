@@ -1,7 +1,7 @@
 """Small objects by URI: get, put (also create-only), list. One library, obstore, for every store.
 
-A URI is ``file:///folder`` or a plain absolute path today; ``s3:// gs:// az://`` are the same calls on
-another obstore store. Writes are atomic: a reader sees the old object, the new one, or none.
+A URI is ``file:///folder``, a plain absolute path, or ``s3:// gs:// az://``: the same calls on another
+obstore store. Writes are atomic: a reader sees the old object, the new one, or none.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import lru_cache
@@ -152,8 +153,17 @@ def _store(root: str) -> LocalStore:
     return LocalStore(prefix=to_path(root), automatic_cleanup=True)
 
 
+@lru_cache(maxsize=64)
+def _bucket(root: str) -> ObjectStore:
+    """Kept, as opening costs 10 ms and a connection, and every run of a listing is a folder of its own."""
+    return open_store(root)
+
+
 class ObjectFolder:
-    """The objects below one URI, by relative name."""
+    """The objects below one URI, by relative name. As with `Path`, the class of the value depends on what it names: see `BucketFolder`."""
+
+    def __new__(cls, uri: str) -> ObjectFolder:
+        return object.__new__(BucketFolder if urlsplit(uri).scheme in REMOTE_SCHEMES else ObjectFolder)
 
     def __init__(self, uri: str) -> None:
         self.uri = to_uri(uri)
@@ -234,3 +244,84 @@ class ObjectFolder:
                 hint="choose another output folder with --output, or mend its permissions",
                 code=ExitCode.OCCUPIED,
             ) from exc
+
+
+CREATE_TRIES = 5
+CREATE_PAUSE_SECONDS = 0.2
+
+
+class BucketFolder(ObjectFolder):
+    """An `ObjectFolder` in a bucket. Raises TrainerError where that refuses or cannot be reached."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        parts = urlsplit(self.uri)
+        self._root = f"{parts.scheme}://{parts.netloc}"
+        self._prefix = unquote(parts.path).strip("/")
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{name}".strip("/")
+
+    def get(self, name: str) -> bytes | None:
+        import obstore
+
+        with told_plainly(self.uri):
+            try:
+                return bytes(obstore.get(_bucket(self._root), self._key(name)).bytes())
+            except FileNotFoundError:
+                return None
+
+    def sha256(self, name: str) -> str | None:
+        import obstore
+
+        digest = hashlib.sha256()
+        with told_plainly(self.uri):
+            try:
+                for chunk in obstore.get(_bucket(self._root), self._key(name)).stream():
+                    digest.update(chunk)
+            except FileNotFoundError:
+                return None
+        return digest.hexdigest()
+
+    def put(self, name: str, data: bytes) -> None:
+        import obstore
+
+        with told_plainly(self.uri):
+            obstore.put(_bucket(self._root), self._key(name), data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """As in a folder, but what lies there with these very bytes counts as written: it may be ours, of a try whose answer was lost.
+
+        S3 may also answer "exists" (409, while another writes) of a name where nothing landed in the end.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+
+        with told_plainly(self.uri):
+            for tries_left in reversed(range(CREATE_TRIES)):
+                try:
+                    obstore.put(_bucket(self._root), self._key(name), data, mode="create")
+                    return True
+                except (PermissionDeniedError, UnauthenticatedError):
+                    raise
+                except BaseError as exc:
+                    if (found := self.get(name)) is not None:
+                        return found == data
+                    if not tries_left or not isinstance(exc, AlreadyExistsError):
+                        raise
+                    time.sleep(CREATE_PAUSE_SECONDS)
+        raise AssertionError("the last try returns or raises")
+
+    def delete(self, name: str) -> None:
+        import obstore
+
+        with told_plainly(self.uri), contextlib.suppress(FileNotFoundError):
+            obstore.delete(_bucket(self._root), self._key(name))
+
+    def names(self, folder: str = "") -> list[str]:
+        import obstore
+
+        with told_plainly(self.uri):
+            found = obstore.list_with_delimiter(_bucket(self._root), self._key(folder) or None)
+        paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
+        return sorted(path.rsplit("/", 1)[-1] for path in paths)
