@@ -161,7 +161,7 @@ class _Stager:
         if ref is not None:
             _, files = read_version(self.store, ref.version)
             self.cache.writer.execute("BEGIN")
-            self.cache.add_placed((file.sha256, file.pack, file.offset) for file in files)
+            self.cache.add_placed((file.sha256, file.pack, file.offset) for file in files if not file.in_place)
             self.cache.writer.execute("COMMIT")
         return ""
 

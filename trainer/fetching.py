@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from trainer.contract import ExitCode, TrainerError
 from trainer.files import DISK_FULL, disk_full_error
+from trainer.in_place import fetch_in_place, verify_in_place
 from trainer.locks import wait_for_lock
 from trainer.packs import (
     STAGE_AGAIN,
@@ -103,7 +104,7 @@ def _fetch_locked(store_uri: str, version: str, to: Path, on_progress: Progress 
         if to.exists() and any(to.iterdir()):
             got = Fetched(version, header.files, header.bytes, 0, 0) if _is_whole(to, files) else _refuse_occupied(to)
         else:
-            got = _fetch_into(store, header, list(files), partial, on_progress)
+            got = _fetch_into(store, store_uri, header, list(files), partial, on_progress)
             if to.exists():
                 to.rmdir()
             partial.rename(to)
@@ -126,7 +127,9 @@ def _is_whole(folder: Path, files: Iterator[StagedFile]) -> bool:
         return False
 
 
-def _fetch_into(store: ObjectStore, header: ManifestHeader, files: list[StagedFile], folder: Path, on_progress: Progress | None) -> Fetched:
+def _fetch_into(
+    store: ObjectStore, store_uri: str, header: ManifestHeader, files: list[StagedFile], folder: Path, on_progress: Progress | None
+) -> Fetched:
     folder.mkdir(parents=True, exist_ok=True)
     for parent in sorted({os.path.dirname(file.path) for file in files}):  # noqa: PTH120 - a million paths
         _make_folder(folder / parent, header.version)
@@ -140,7 +143,10 @@ def _fetch_into(store: ObjectStore, header: ManifestHeader, files: list[StagedFi
             code=ExitCode.DISK_FULL,
         )
     done = header.bytes - needed
-    _in_parallel(missing, lambda same: _fetch_object(store, same, folder), done, header.bytes, on_progress)
+    staged, in_place = [file for file in missing if not file.in_place], [file for file in missing if file.in_place]
+    _in_parallel(staged, lambda same: _fetch_object(store, same, folder), done, header.bytes, on_progress)
+    done += sum(file.size for file in staged)
+    fetch_in_place(in_place, folder, store_uri, _counting(done, header.bytes, on_progress))
     return Fetched(header.version, header.files, header.bytes, len(missing), needed)
 
 
@@ -155,6 +161,8 @@ def _is_there(path: Path, file: StagedFile) -> bool:
     """Whether an earlier fetch has brought it. What is wrong is removed."""
     try:
         if path.lstat().st_size == file.size and not path.is_symlink():
+            if file.in_place:  # the folder is of this version, which knows one content of the object; what fails half way is removed
+                return True
             with path.open("rb") as opened:
                 if hashlib.file_digest(opened, "sha256").digest() == file.sha256:
                     return True
@@ -206,12 +214,32 @@ def _verify_object(store: ObjectStore, files: list[StagedFile]) -> int:
 
 
 def verify_version(store_uri: str, version: str, on_progress: Progress | None = None) -> Fetched:
-    """Reads every file of a version in the store and compares its sha256; writes nothing. Raises as `fetch_version` does."""
+    """Reads every file of a version in the store and compares its sha256; writes nothing. Raises as `fetch_version` does.
+
+    Files in place have no sha256 that is known: their store is asked whether they are as they were registered.
+    """
     with told_plainly(store_uri):
         store = open_store(store_uri)
         header, files = read_version(store, version)
-        _in_parallel(list(files), lambda same: _verify_object(store, same), 0, header.bytes, on_progress)
+        staged, in_place = list[StagedFile](), list[StagedFile]()
+        for file in files:
+            (in_place if file.in_place else staged).append(file)
+        _in_parallel(staged, lambda same: _verify_object(store, same), 0, header.bytes, on_progress)
+        done = sum(file.size for file in staged)
+        verify_in_place(in_place, store_uri, _counting(done, header.bytes, on_progress))
     return Fetched(version, header.files, header.bytes, header.files, header.bytes)
+
+
+def _counting(done: int, total: int, on_progress: Progress | None) -> Callable[[int], None]:
+    """Adds up sizes for whoever watches."""
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        if on_progress:
+            on_progress(done, total)
+
+    return count
 
 
 def _in_parallel(

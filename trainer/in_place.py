@@ -1,0 +1,186 @@
+"""Reads objects that a dataset uses where they lie, in a bucket that others write to.
+
+Such an object is known by its identity: a hash over its source, its size and the tag that the store gives its content
+(where a store gives none, the time of its last change). Every answer is compared with that, so an object that has changed
+since it was registered is refused; its content itself has no digest that could be compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from trainer.contract import ExitCode, TrainerError
+from trainer.files import DISK_FULL, disk_full_error
+from trainer.packs import StagedFile
+from trainer.storage import open_store, to_path, told_plainly
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+    from obstore.store import ObjectStore
+
+WORKERS = 64  # each waits for one small object most of the time
+AHEAD = 4 * WORKERS
+READ_BYTES = 2**20
+LOCAL_SCHEMES = ("", "file")
+
+
+def read_tag(meta: ObjectMeta) -> str:
+    """The bare tag: some stores quote it in one answer and not in the other."""
+    return (meta["e_tag"] or "").removeprefix("W/").strip('"')
+
+
+def find_identity(source: str, meta: ObjectMeta) -> bytes:
+    tag = read_tag(meta) or meta["last_modified"].isoformat()
+    return hashlib.sha256(f"trainyard-in-place-1\0{source}\0{tag}\0{meta['size']}".encode()).digest()
+
+
+class Sources:
+    """The stores that objects in place lie in, each opened once and used by all threads."""
+
+    def __init__(self, store_uri: str) -> None:
+        self._is_local = urlsplit(store_uri).scheme in LOCAL_SCHEMES
+        self._opened: dict[str, ObjectStore] = {}
+        self._lock = threading.Lock()
+
+    def open(self, uri: str) -> ObjectStore:
+        """Raises TrainerError: PERMISSION for a folder that a manifest from a bucket names, NOT_FOUND for a folder that is not there."""
+        with self._lock:
+            if uri not in self._opened:
+                self._opened[uri] = self._open(uri)
+            return self._opened[uri]
+
+    def _open(self, uri: str) -> ObjectStore:
+        if urlsplit(uri).scheme in LOCAL_SCHEMES:
+            if not self._is_local:  # whoever may write to a bucket may not thereby read this machine's files
+                message = f"a manifest in a bucket names the folder {uri}, which only one in a folder may"
+                raise TrainerError(message, hint="register the dataset from a bucket", code=ExitCode.PERMISSION)
+            if not to_path(uri).is_dir():
+                raise TrainerError(
+                    f"{to_path(uri)}, which the dataset uses in place, is not there", hint="mount it, or stage it", code=ExitCode.NOT_FOUND
+                )
+        return open_store(uri)
+
+
+def fetch_in_place(files: Iterable[StagedFile], folder: Path, store_uri: str, on_bytes: Callable[[int], None]) -> None:
+    """Writes the objects to their paths below the folder, whose folders are there. `on_bytes` gets the size of each that is done.
+
+    Raises TrainerError: DATA for an object that is gone or has changed, PERMISSION, UNAVAILABLE; OSError for the folder.
+    """
+    sources = Sources(store_uri)
+
+    def fetch(file: StagedFile) -> int:
+        path = folder / file.path
+        try:
+            _write(path, _read(sources, file))
+        except OSError as exc:
+            raise (disk_full_error(path, exc.errno, file.size) if exc.errno in DISK_FULL else exc) from exc
+        return file.size
+
+    _in_parallel(files, fetch, on_bytes)
+
+
+def verify_in_place(files: Iterable[StagedFile], store_uri: str, on_bytes: Callable[[int], None]) -> None:
+    """Asks for each object whether it is as it was registered: a request each, and no content. Raises as `fetch_in_place` does."""
+    import obstore
+
+    sources = Sources(store_uri)
+
+    def verify(file: StagedFile) -> int:
+        assert file.in_place is not None
+        with _told(file):
+            meta = obstore.head(sources.open(file.in_place.source), file.in_place.key)
+            _compare(file, meta)
+        return file.size
+
+    _in_parallel(files, verify, on_bytes)
+
+
+def _in_parallel(files: Iterable[StagedFile], work: Callable[[StagedFile], int], on_bytes: Callable[[int], None]) -> None:
+    """Holds only as many files as are under way, however many there are."""
+    ahead: deque[Future[int]] = deque()
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
+        for file in files:
+            ahead.append(pool.submit(work, file))
+            if len(ahead) >= AHEAD:
+                on_bytes(ahead.popleft().result())
+        while ahead:
+            on_bytes(ahead.popleft().result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read(sources: Sources, file: StagedFile) -> Iterator[bytes]:
+    """Its content piece by piece, of the state that was registered and no other."""
+    import obstore
+
+    assert file.in_place is not None
+    size = 0
+    with _told(file):
+        # Not every store heeds the condition, so the answer is compared, too.
+        condition = f'"{file.in_place.e_tag}"' if file.in_place.e_tag else None
+        answer = obstore.get(sources.open(file.in_place.source), file.in_place.key, options={"if_match": condition})
+        _compare(file, answer.meta)
+        for chunk in answer.stream(min_chunk_size=READ_BYTES):
+            size += len(chunk)
+            if size > file.size:
+                break
+            yield bytes(chunk)
+    if size != file.size:
+        raise _changed(file)
+
+
+def _compare(file: StagedFile, meta: ObjectMeta) -> None:
+    assert file.in_place is not None
+    if meta["size"] != file.size or find_identity(file.in_place.source, meta) != file.sha256:
+        raise _changed(file)
+
+
+def _write(path: Path, content: Iterable[bytes]) -> None:
+    """A new file, and none where the content fails half way."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            for piece in content:
+                out.write(piece)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _told(file: StagedFile) -> Iterator[None]:
+    """The store's answers about one object in place, told with its name."""
+    from obstore.exceptions import PreconditionError
+
+    assert file.in_place is not None
+    place = f"{file.in_place.source}/{file.in_place.key}"
+    try:
+        with told_plainly(place):
+            yield
+    except TrainerError as exc:
+        cause = exc.__cause__
+        if isinstance(cause, PreconditionError):
+            raise _changed(file) from exc
+        if isinstance(cause, FileNotFoundError):
+            hint = f"put it back, or register what is there now: trainyard dataset register {file.in_place.source}"
+            raise TrainerError(f"{place}, which the dataset uses in place, is gone", hint=hint, code=ExitCode.DATA) from exc
+        raise
+
+
+def _changed(file: StagedFile) -> TrainerError:
+    assert file.in_place is not None
+    return TrainerError(
+        f"{file.in_place.source}/{file.in_place.key} has changed since it was registered",
+        hint=f"register what is there now, as a new version: trainyard dataset register {file.in_place.source}",
+        code=ExitCode.DATA,
+    )
