@@ -14,14 +14,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from blocks.joined_tree import JoinedTree
 from blocks.label_matching import CONFIG_SUFFIXES, expected_label, find_format, is_label, labels_prefix, read_coco_names
 from blocks.listing import add_objects, check_places
 from blocks.refs import Ref, move_ref, read_ref, ref_key
 from blocks.scanning import Scan
-from blocks.staging import MAX_DEPTH, MAX_SHARE, Staged, find_manifest, put_file, put_object, read_file, stage_folder
+from blocks.staging import MAX_DEPTH, MAX_SHARE, Staged, list_objects, put_file, put_object, read_file, stage_folder
 from trainer.contract import ExitCode, TrainerError
 from trainer.fetching import read_version
 from trainer.packs import ManifestHeader, StagedFile, file_key, manifest_key, write_manifest
@@ -211,7 +211,7 @@ def commit(tree: JoinedTree, store: ObjectStore, store_uri: str, name: str, sour
     if ref is not None:
         _read_base(tree, store, ref)
     changed, gone = tree.count_difference()
-    newest, sent = find_manifest(store, version), 0
+    newest, sent = _find_version(store, version), 0
     if not isinstance(newest, Ref):
         depth = ref.depth + 1 if ref is not None else 0
         difference = ref is not None and newest == "none" and depth <= MAX_DEPTH and changed + gone < MAX_SHARE * total.files
@@ -228,6 +228,17 @@ def commit(tree: JoinedTree, store: ObjectStore, store_uri: str, name: str, sour
         newest = Ref(version=version, files=total.files, bytes=total.bytes, depth=header.depth)
     move_ref(store, store_uri, name, newest)
     return newest, changed, sent
+
+
+def _find_version(store: ObjectStore, version: str) -> Ref | Literal["none", "damaged"]:
+    """A version that was there before keeps its manifest: others may say what differs from it, so it must not refer to them."""
+    try:
+        header, files = read_version(store, version)
+        staged = {file.pack or file.sha256.hex() for file in files if not file.in_place}
+    except TrainerError as exc:
+        return "none" if exc.code is ExitCode.NOT_FOUND else "damaged"
+    whole = staged <= list_objects(store)
+    return Ref(version=version, files=header.files, bytes=header.bytes, depth=header.depth) if whole else "damaged"
 
 
 def _read_base(tree: JoinedTree, store: ObjectStore, ref: Ref) -> None:

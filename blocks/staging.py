@@ -161,7 +161,7 @@ class _Stager:
         if ref is not None:
             _, files = read_version(self.store, ref.version)
             self.cache.writer.execute("BEGIN")
-            self.cache.add_placed((file.sha256, file.pack, file.offset) for file in files if not file.in_place)
+            self.cache.add_placed((file.sha256, file.pack, file.offset) for file in files)
             self.cache.writer.execute("COMMIT")
         return ""
 
@@ -264,7 +264,7 @@ class _Stager:
             raise TrainerError(f"{self.root} has no files to stage", hint="check the folder and .trainyardignore", code=ExitCode.DATA)
         if version == base:
             return Ref(version=version, files=total.files, bytes=total.bytes)
-        found = "damaged" if again else find_manifest(self.store, version)
+        found = "damaged" if again else self._find_manifest(version)
         if isinstance(found, Ref):
             return found
         depth = int(self.cache.get("depth") or 0) + 1
@@ -284,15 +284,14 @@ class _Stager:
         self.counts.sent_bytes += len(data)
         return Ref(version=version, files=total.files, bytes=total.bytes, depth=header.depth)
 
-
-def find_manifest(store: ObjectStore, version: str) -> Ref | Literal["none", "damaged"]:
-    """A version that was there before keeps its manifest: others may say what differs from it, so it must not refer to them."""
-    try:
-        header, files = read_version(store, version)
-        deque(files, maxlen=0)
-    except TrainerError as exc:
-        return "none" if exc.code is ExitCode.NOT_FOUND else "damaged"
-    return Ref(version=version, files=header.files, bytes=header.bytes, depth=header.depth)
+    def _find_manifest(self, version: str) -> Ref | Literal["none", "damaged"]:
+        """A version that was there before keeps its manifest: others may say what differs from it, so it must not refer to them."""
+        try:
+            header, files = read_version(self.store, version)
+            deque(files, maxlen=0)
+        except TrainerError as exc:
+            return "none" if exc.code is ExitCode.NOT_FOUND else "damaged"
+        return Ref(version=version, files=header.files, bytes=header.bytes, depth=header.depth)
 
 
 # --- Reading and sending -------------------------------------------------------------------------------

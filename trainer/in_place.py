@@ -24,7 +24,7 @@ from trainer.packs import StagedFile
 from trainer.storage import open_store, to_path, told_plainly
 
 if TYPE_CHECKING:
-    from obstore import ObjectMeta
+    from obstore import GetOptions, ObjectMeta
     from obstore.store import ObjectStore
 
 WORKERS = 64  # each waits for one small object most of the time
@@ -127,8 +127,8 @@ def _read(sources: Sources, file: StagedFile) -> Iterator[bytes]:
     size = 0
     with _told(file):
         # Not every store heeds the condition, so the answer is compared, too.
-        condition = f'"{file.in_place.e_tag}"' if file.in_place.e_tag else None
-        answer = obstore.get(sources.open(file.in_place.source), file.in_place.key, options={"if_match": condition})
+        condition: GetOptions = {"if_match": f'"{file.in_place.e_tag}"'} if file.in_place.e_tag else {}
+        answer = obstore.get(sources.open(file.in_place.source), file.in_place.key, options=condition)
         _compare(file, answer.meta)
         for chunk in answer.stream(min_chunk_size=READ_BYTES):
             size += len(chunk)
