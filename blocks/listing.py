@@ -15,7 +15,7 @@ from trainer.in_place import find_identity, read_tag
 from trainer.packs import InPlace, StagedFile, check_path
 from trainer.storage import list_metadata, open_store, to_path, told_plainly
 
-STORE_FOLDERS = ("packs", "files", "manifests", "refs", "leases")  # where a store's own objects lie
+STORE_FOLDERS = ("packs", "files", "manifests", "refs", "leases", "pins")  # where a store's own objects lie
 MARKERS = "empty objects that stand for a folder"
 TELL_EVERY = 1000
 

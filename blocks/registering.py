@@ -243,6 +243,7 @@ def _find_version(store: ObjectStore, version: str) -> Ref | Literal["none", "da
 
 def _read_base(tree: JoinedTree, store: ObjectStore, ref: Ref) -> None:
     """What the newest version has; nothing where it cannot be read, so that the new one says all again."""
+    tree.forget_base()
     try:
         tree.add_base(read_version(store, ref.version)[1])
     except TrainerError as exc:

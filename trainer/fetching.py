@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -146,7 +147,7 @@ def _fetch_into(
     staged, in_place = [file for file in missing if not file.in_place], [file for file in missing if file.in_place]
     _in_parallel(staged, lambda same: _fetch_object(store, same, folder), done, header.bytes, on_progress)
     done += sum(file.size for file in staged)
-    fetch_in_place(in_place, folder, store_uri, _counting(done, header.bytes, on_progress))
+    fetch_in_place(in_place, store_uri, partial(_write_in_place, folder), _counting(done, header.bytes, on_progress))
     return Fetched(header.version, header.files, header.bytes, len(missing), needed)
 
 
@@ -303,6 +304,19 @@ def _write(path: Path, content: memoryview) -> None:
             os.close(descriptor)
     except OSError as exc:
         raise _told_full(exc, path, len(content)) from exc
+
+
+def _write_in_place(folder: Path, file: StagedFile, content: Iterator[bytes]) -> None:
+    """A new file, and none where the content fails half way."""
+    path = folder / file.path
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644), "wb") as out:
+            out.writelines(content)
+    except BaseException as exc:
+        path.unlink(missing_ok=True)
+        if isinstance(exc, OSError):
+            raise _told_full(exc, path, file.size) from exc
+        raise
 
 
 def _told_full(exc: OSError, path: Path, needed: int) -> OSError:

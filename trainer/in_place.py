@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from trainer.contract import ExitCode, TrainerError
-from trainer.files import DISK_FULL, disk_full_error
 from trainer.packs import StagedFile
 from trainer.storage import open_store, to_path, told_plainly
 
@@ -70,19 +67,18 @@ class Sources:
         return open_store(uri)
 
 
-def fetch_in_place(files: Iterable[StagedFile], folder: Path, store_uri: str, on_bytes: Callable[[int], None]) -> None:
-    """Writes the objects to their paths below the folder, whose folders are there. `on_bytes` gets the size of each that is done.
+def fetch_in_place(
+    files: Iterable[StagedFile], store_uri: str, write: Callable[[StagedFile, Iterator[bytes]], None], on_bytes: Callable[[int], None]
+) -> None:
+    """Gives each object to `write`, in threads, piece by piece. `on_bytes` gets the size of each that is done, in this thread.
 
-    Raises TrainerError: DATA for an object that is gone or has changed, PERMISSION, UNAVAILABLE; OSError for the folder.
+    What reading raises comes out of the pieces, so whoever writes them removes what he has then.
+    Raises TrainerError: DATA for an object that is gone or has changed, PERMISSION, UNAVAILABLE; and what `write` raises.
     """
     sources = Sources(store_uri)
 
     def fetch(file: StagedFile) -> int:
-        path = folder / file.path
-        try:
-            _write(path, _read(sources, file))
-        except OSError as exc:
-            raise (disk_full_error(path, exc.errno, file.size) if exc.errno in DISK_FULL else exc) from exc
+        write(file, _read(sources, file))
         return file.size
 
     _in_parallel(files, fetch, on_bytes)
@@ -143,18 +139,6 @@ def _compare(file: StagedFile, meta: ObjectMeta) -> None:
     assert file.in_place is not None
     if meta["size"] != file.size or find_identity(file.in_place.source, meta) != file.sha256:
         raise _changed(file)
-
-
-def _write(path: Path, content: Iterable[bytes]) -> None:
-    """A new file, and none where the content fails half way."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            for piece in content:
-                out.write(piece)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager
