@@ -311,12 +311,13 @@ def _write_in_place(folder: Path, file: StagedFile, content: Iterator[bytes]) ->
     path = folder / file.path
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644), "wb") as out:
-            out.writelines(content)
-    except BaseException as exc:
-        path.unlink(missing_ok=True)
-        if isinstance(exc, OSError):
-            raise _told_full(exc, path, file.size) from exc
-        raise
+            try:
+                out.writelines(content)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+    except OSError as exc:
+        raise _told_full(exc, path, file.size) from exc
 
 
 def _told_full(exc: OSError, path: Path, needed: int) -> OSError:
