@@ -13,8 +13,8 @@ from typing import Any
 from blocks.label_matching import coco_folders, image_keys, is_image, is_label, label_key
 from trainer.packs import InPlace, StagedFile, VersionHash
 
-COLUMNS = "path, sha256, size, pack, offset, source, key, e_tag"
-_TABLE = "(path TEXT PRIMARY KEY, sha256 BLOB, size INT, pack TEXT, offset INT, source TEXT, key TEXT, e_tag TEXT) WITHOUT ROWID"
+COLUMNS = "path, sha256, size, pack, offset, source, key"
+_TABLE = "(path TEXT PRIMARY KEY, sha256 BLOB, size INT, pack TEXT, offset INT, source TEXT, key TEXT) WITHOUT ROWID"
 SCHEMA = f"""
 CREATE TABLE files {_TABLE};
 CREATE TABLE base {_TABLE};
@@ -42,8 +42,8 @@ class JoinedTree:
 
     def add(self, files: Iterable[StagedFile], table: str = "files") -> None:
         """A path that is there already gets the new content."""
-        query = f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - constants
-        self._database.executemany(query, ((*file[:5], *(file.in_place or ("", "", ""))) for file in files))
+        query = f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - constants
+        self._database.executemany(query, ((*file[:5], *(file.in_place or ("", ""))) for file in files))
 
     def add_base(self, files: Iterable[StagedFile]) -> None:
         """The version before, to tell what differs from it."""
@@ -148,9 +148,7 @@ class JoinedTree:
         """A manifest's lines: all files, or what differs from the base."""
         columns = ", ".join("path" if column == "path" else f"files.{column}" for column in COLUMNS.split(", "))
         query = (
-            f"SELECT {columns} {_CHANGED} UNION ALL SELECT path, NULL, 0, '', 0, '', '', '' {_GONE}"
-            if difference
-            else "SELECT * FROM files"
+            f"SELECT {columns} {_CHANGED} UNION ALL SELECT path, NULL, 0, '', 0, '', '' {_GONE}" if difference else "SELECT * FROM files"
         )
         for row in self._database.execute(f"{query} ORDER BY path"):
             path, digest, size, pack, offset, *place = row

@@ -11,7 +11,7 @@ from blocks.joined_tree import JoinedTree
 from blocks.label_matching import LABEL_SUFFIXES, is_image
 from blocks.scanning import EXCLUDED, EXCLUDED_SUFFIXES
 from trainer.contract import ExitCode, TrainerError
-from trainer.in_place import find_identity, read_tag
+from trainer.in_place import find_identity
 from trainer.packs import InPlace, StagedFile, check_path
 from trainer.storage import list_metadata, open_store, to_path, told_plainly
 
@@ -96,7 +96,7 @@ class _Listing:
             except ValueError as exc:
                 raise _unusable(self._uri, str(exc)) from exc
             tree.add_folders_of(path)
-            yield StagedFile(path, find_identity(self._uri, meta), meta["size"], "", 0, InPlace(self._uri, path, read_tag(meta)))
+            yield StagedFile(path, find_identity(self._uri, meta), meta["size"], "", 0, InPlace(self._uri, path))
 
     def leave_out(self, kind: str, path: str, count: int = 1) -> None:
         before, example = self.left_out.get(kind, (0, path))

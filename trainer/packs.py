@@ -42,11 +42,10 @@ STAGE_AGAIN = "send it anew from its folder: trainyard dataset stage --again"
 
 
 class InPlace(NamedTuple):
-    """An object that is used where it lies: the URI of its prefix, its key below that, and the store's tag of its content, if any."""
+    """An object that is used where it lies: the URI of its prefix, and its key below that."""
 
     source: str
     key: str
-    e_tag: str
 
 
 class StagedFile(NamedTuple):
@@ -185,7 +184,7 @@ def write_manifest(out: IO[bytes], header: ManifestHeader, files: Iterable[Stage
             if isinstance(file, str):
                 line: list[Any] = [file]
             elif place := file.in_place:
-                line = [file.path, file.sha256.hex(), file.size, -2 - sources[place.source], 0, place.key, place.e_tag]
+                line = [file.path, file.sha256.hex(), file.size, -2 - sources[place.source], 0, place.key]
             else:
                 line = [file.path, file.sha256.hex(), file.size, numbers[file.pack] if file.pack else -1, file.offset]
             packed.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
@@ -230,16 +229,10 @@ def _read_files(stream: gzip.GzipFile, header: ManifestHeader) -> Iterator[Stage
             sha256 = bytes.fromhex(digest)
             if len(sha256) != hashlib.sha256().digest_size:
                 raise ValueError(f"no sha256 for {path[:200]!r}")
-            in_place = _read_place(header.sources[-2 - pack], *place) if place else None
+            in_place = InPlace(header.sources[-2 - pack], *map(check_path, place)) if place else None
             yield StagedFile(path, sha256, size, header.packs[pack] if pack >= 0 else "", offset, in_place)
     except (OSError, EOFError, ValueError, TypeError, AttributeError, LookupError) as exc:
         raise _damaged(header.version, str(exc)) from exc
-
-
-def _read_place(source: str, key: str, e_tag: str) -> InPlace:
-    if not isinstance(e_tag, str):
-        raise TypeError(f"no tag for {key[:200]!r}")
-    return InPlace(source, check_path(key), e_tag)
 
 
 def _read_line(stream: gzip.GzipFile, most: int) -> bytes:
