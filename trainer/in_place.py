@@ -145,7 +145,7 @@ def _told(file: StagedFile) -> Iterator[None]:
         with told_plainly(place):
             yield
     except TrainerError as exc:
-        if isinstance(exc.__cause__, FileNotFoundError):
+        if exc.code is ExitCode.NOT_FOUND and exc.__cause__:  # what the store says; object or bucket
             hint = f"put it back, or register what is there now: trainyard dataset register {file.in_place.source}"
             raise TrainerError(f"{place}, which the dataset uses in place, is gone", hint=hint, code=ExitCode.DATA) from exc
         raise
