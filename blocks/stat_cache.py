@@ -12,6 +12,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
+from itertools import starmap
 from pathlib import Path
 
 from blocks.errors import ServiceUnavailable
@@ -136,14 +137,14 @@ class StatCache:
         """A manifest's lines: all files, or what differs from the version committed last."""
         if not difference:
             query = "SELECT path, sha256, size, pack, offset FROM seen JOIN placed USING (sha256) ORDER BY path"
-            yield from map(StagedFile._make, self.reader.execute(query))
+            yield from starmap(StagedFile, self.reader.execute(query))
             return
         query = (
             "SELECT path, sha256, size, pack, offset FROM seen JOIN placed USING (sha256) WHERE staged IS NOT seen.sha256"
             " UNION ALL SELECT path, NULL, 0, '', 0 FROM gone WHERE path NOT IN (SELECT path FROM seen) ORDER BY path"
         )
         for row in self.reader.execute(query):
-            yield row[0] if row[1] is None else StagedFile._make(row)
+            yield row[0] if row[1] is None else StagedFile(*row)
 
     def commit(self, version: str, depth: int) -> None:
         """The store's newest version is what was seen."""

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from flows.cli_store import fetch, list_command, show, stage, verify
 from flows.cli_store_gc import gc_command, rm
+from flows.cli_store_register import register
 from trainer.contract import SplitConfig, Task
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def dataset() -> None:
     """Check a dataset before training; stage it to a store, fetch it from there."""
 
 
-for command in (stage, fetch, verify, list_command, show, rm, gc_command):
+for command in (stage, register, fetch, verify, list_command, show, rm, gc_command):
     dataset.add_command(command)
 
 

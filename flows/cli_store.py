@@ -157,6 +157,7 @@ def show(version: str, store_uri: str, as_json: bool) -> None:
     folders: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     packs: set[str] = set()
+    places: Counter[str] = Counter()
     large = 0
     with told_plainly(store_uri):
         header, files = read_version(open_store(store_uri), wanted)
@@ -165,13 +166,17 @@ def show(version: str, store_uri: str, as_json: bool) -> None:
             folders[folder] += 1
             sizes[folder] += file.size
             packs.add(file.pack)
-            large += not file.pack
+            if file.in_place:
+                places[file.in_place.source] += 1
+            else:
+                large += not file.pack
     told = {
         "version": wanted,
         "files": header.files,
         "bytes": header.bytes,
         "packs": len(packs - {""}),
         "large_files": large,
+        "in_place": dict(sorted(places.items())),
         "base": header.base,
     }
     if as_json:
@@ -182,6 +187,8 @@ def show(version: str, store_uri: str, as_json: bool) -> None:
     click.echo(
         f"version {wanted}: {header.files} files, {format_bytes(header.bytes)}, in {told['packs']} packs and {large} objects of their own"
     )
+    for place, count in sorted(places.items()):
+        click.echo(f"{count} of them lie in place at {place}")
     print_table(
         "largest folders", ("folder", "files", "size"), [(name, folders[name], format_bytes(size)) for name, size in sizes.most_common(20)]
     )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from trainer.contract import ExitCode, TrainerError
 from trainer.file_tree import NameRules
-from trainer.packs import StagedFile, object_key
+from trainer.packs import InPlace, StagedFile, object_key
 
 PART_BYTES = 4 * 2**20
 GAP_BYTES = 2**20  # a request costs about as much as this many bytes
@@ -58,21 +58,29 @@ class FetchIndex:
             "CREATE TABLE files (key TEXT, offset INTEGER, sha256 BLOB, path TEXT, size INTEGER,"
             " PRIMARY KEY (key, offset, sha256, path)) WITHOUT ROWID"
         )
+        self._db.execute("CREATE TABLE in_place (path TEXT PRIMARY KEY, sha256 BLOB, size INTEGER, source TEXT, key TEXT) WITHOUT ROWID")
 
     def close(self) -> None:
         self._db.close()
         self.path.unlink(missing_ok=True)
 
-    def fill(self, files: Iterable[Wanted]) -> None:
+    def fill(self, files: Iterable[StagedFile]) -> None:
+        def staged() -> Iterator[Wanted]:
+            for file in files:
+                if file.in_place is None:
+                    yield wanted(file)
+                else:
+                    self._db.execute("INSERT INTO in_place VALUES (?, ?, ?, ?, ?)", (file.path, file.sha256, file.size, *file.in_place))
+
         with self._transaction():
-            self._db.executemany("INSERT INTO files VALUES (?, ?, ?, ?, ?)", files)
+            self._db.executemany("INSERT INTO files VALUES (?, ?, ?, ?, ?)", staged())
 
     def refuse_collisions(self, rules: NameRules) -> None:
         """Raises TrainerError (CONFIG) for two files or folders whose names are one name by these rules."""
         self._db.execute("CREATE TABLE names (name TEXT PRIMARY KEY, path TEXT) WITHOUT ROWID")
         with self._transaction():
             last: list[str] = []
-            for (path,) in self._db.execute("SELECT path FROM files"):
+            for (path,) in self._db.execute("SELECT path FROM files UNION ALL SELECT path FROM in_place"):
                 parts = path.split("/")
                 known = 0
                 while known < min(len(parts), len(last)) and parts[known] == last[known]:
@@ -98,12 +106,18 @@ class FetchIndex:
         self._db.execute("CREATE INDEX IF NOT EXISTS paths ON files (path)")
 
     def has(self, path: str) -> bool:
-        return self._db.execute("SELECT 1 FROM files WHERE path = ?", (path,)).fetchone() is not None
+        query = "SELECT 1 FROM files WHERE path = ? UNION ALL SELECT 1 FROM in_place WHERE path = ?"
+        return self._db.execute(query, (path, path)).fetchone() is not None
 
     def files(self) -> Iterator[Wanted]:
         """All, by object and offset."""
         rows = self._db.execute("SELECT key, offset, sha256, path, size FROM files ORDER BY key, offset, sha256, path")
         return map(Wanted._make, rows)
+
+    def files_in_place(self) -> Iterator[StagedFile]:
+        """Those that are no objects of the store."""
+        rows = self._db.execute("SELECT path, sha256, size, source, key FROM in_place ORDER BY path")
+        return (StagedFile(path, sha256, size, "", 0, InPlace(source, key)) for path, sha256, size, source, key in rows)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

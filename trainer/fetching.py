@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import socket
 import tempfile
 import threading
 import time
@@ -19,9 +18,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
 from trainer.contract import ExitCode, TrainerError
-from trainer.fetch_index import FetchIndex, Part, Wanted, cut_parts, wanted
+from trainer.fetch_index import FetchIndex, Part, Wanted, cut_parts
 from trainer.file_tree import FileTree, open_root, probe_names, remove_others, write_all
-from trainer.locks import try_lock, wait_for_lock
+from trainer.in_place import fetch_in_place, verify_in_place
+from trainer.locks import holding
 from trainer.packs import (
     MAX_MANIFEST_BYTES,
     STAGE_AGAIN,
@@ -128,7 +128,7 @@ def fetch_version(
     """
     with told_plainly(store_uri), folders_told_plainly():
         store = open_store(store_uri)
-        with _locked(to.with_name(f"{to.name}.lock"), on_wait):
+        with holding(to.with_name(f"{to.name}.lock"), on_wait):
             header, files = read_version(store, version)
             if to.exists() and any(to.iterdir()):
                 if _is_whole(to, files):
@@ -141,45 +141,12 @@ def fetch_version(
                 folder = to.with_name(f"{to.name}.partial-{version[:12]}")
             if on_start:
                 on_start(header)
-            got = _Fetch(open_store(store_uri, "fetch"), header, folder, on_progress).run(files, to.with_name(f"{to.name}.index"))
+            got = _Fetch(store_uri, header, folder, on_progress).run(files, to.with_name(f"{to.name}.index"))
             if folder != to:
                 if to.exists():
                     to.rmdir()
                 folder.rename(to)
             return got
-
-
-@contextlib.contextmanager
-def _locked(path: Path, on_wait: Callable[[str], None] | None) -> Iterator[None]:
-    """One fetch at a time into a folder: concurrent trainers of a machine share it. The lock's file says who fetches."""
-    lock = try_lock(path)
-    if lock is None and on_wait:
-        on_wait(_read_holder(path))
-    while lock is None or not _is_same(lock, path):  # the one before removes it
-        if lock is not None:
-            os.close(lock)
-        lock = wait_for_lock(path)
-    try:
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
-        path.unlink(missing_ok=True)
-    finally:
-        os.close(lock)
-
-
-def _read_holder(path: Path) -> str:
-    try:
-        return path.read_text()[:200] or "another process"
-    except FileNotFoundError:
-        return "another process"
-
-
-def _is_same(lock: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(lock), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _is_whole(folder: Path, files: Iterator[StagedFile]) -> bool:
@@ -192,7 +159,10 @@ def _is_whole(folder: Path, files: Iterator[StagedFile]) -> bool:
 
 
 def verify_version(store_uri: str, version: str, on_progress: Progress | None = None) -> Fetched:
-    """Reads every file of a version in the store and compares its sha256; keeps nothing. Raises as `fetch_version` does."""
+    """Reads every file of a version in the store and compares its sha256; keeps nothing. Raises as `fetch_version` does.
+
+    Files in place have no sha256 that is known: their store is asked whether they are as they were registered.
+    """
     with told_plainly(store_uri), folders_told_plainly(), tempfile.TemporaryDirectory(prefix="trainyard-") as scratch:
         store = open_store(store_uri)
         header, files = read_version(store, version)
@@ -212,8 +182,9 @@ def verify_version(store_uri: str, version: str, on_progress: Progress | None = 
             count.add(sum(file.size for file in part.files))
 
         with contextlib.closing(FetchIndex(Path(scratch) / "index")) as index:
-            index.fill(map(wanted, files))
+            index.fill(files)
             reader.in_parallel(cut_parts(index.files()), verify)
+            verify_in_place(index.files_in_place(), store_uri, count.add)
     return Fetched(version, header.files, header.bytes, header.files, header.bytes)
 
 
@@ -237,10 +208,10 @@ class _Count:
 class _Fetch:
     """One fetch into one folder. With `resumed`, there are files that may be right, half, or something else."""
 
-    def __init__(self, store: ObjectStore, header: ManifestHeader, folder: Path, on_progress: Progress | None) -> None:
-        self.header, self.folder = header, folder
+    def __init__(self, store_uri: str, header: ManifestHeader, folder: Path, on_progress: Progress | None) -> None:
+        self.store_uri, self.header, self.folder = store_uri, header, folder
         self.resumed = os.path.lexists(folder)
-        self.reader = RangeReader(store)
+        self.reader = RangeReader(open_store(store_uri, "fetch"))
         self.count = _Count(header.bytes, on_progress)
 
     def run(self, files: Iterator[StagedFile], index_path: Path) -> Fetched:
@@ -254,6 +225,7 @@ class _Fetch:
                     index.refuse_collisions(rules)
                 self._refuse_full(root, needed, 0 if self.resumed else header.files)
                 self.reader.in_parallel(cut_parts(index.files()), lambda part: self._fetch_part(root, part))
+                self._fetch_in_place(root, index)
                 if self.resumed:
                     index.sort_paths()
                     remove_others(root, index.has)
@@ -264,13 +236,13 @@ class _Fetch:
         block = os.fstatvfs(root).f_frsize
         needed = 0
 
-        def planned() -> Iterator[Wanted]:
+        def planned() -> Iterator[StagedFile]:
             nonlocal needed
             with FileTree(root, self.folder) as tree:
                 for file in files:
                     there = (tree.size(file.path) or 0) if self.resumed else 0
                     needed += -(-max(0, file.size - there) // block) * block
-                    yield wanted(file)
+                    yield file
 
         index.fill(planned())
         return needed
@@ -295,6 +267,26 @@ class _Fetch:
             elif missing:
                 for smaller in cut_parts(missing):
                     self._fetch_small(tree, smaller)
+
+    def _fetch_in_place(self, root: int, index: FetchIndex) -> None:
+        def missing() -> Iterator[StagedFile]:
+            with FileTree(root, self.folder) as tree:
+                for file in index.files_in_place():
+                    # The folder is of this version, which knows one state of the object, and what failed half way is shorter.
+                    if self.resumed and tree.size(file.path) == file.size:
+                        self.count.add(file.size)
+                    else:
+                        yield file
+
+        def write(file: StagedFile, pieces: Iterator[bytes]) -> None:
+            with FileTree(root, self.folder) as tree:
+                if self.resumed:
+                    tree.remove(file.path)
+                with tree.opened(file.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, file.size) as descriptor:
+                    for piece in pieces:
+                        write_all(descriptor, memoryview(piece))
+
+        fetch_in_place(missing(), self.store_uri, write, lambda size: self.count.add(size, files=1, fetched=size))
 
     def _is_there(self, tree: FileTree, file: Wanted) -> bool:
         if not tree.holds(file.path, file.size, file.sha256):

@@ -7,10 +7,13 @@ life than a process id, which is reused. Linux and macOS.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import math
 import os
+import socket
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 LOOK_SECONDS = 0.05
@@ -52,3 +55,36 @@ def is_held(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+@contextlib.contextmanager
+def holding(path: Path, on_wait: Callable[[str], None] | None) -> Iterator[None]:
+    """One process at a time inside. The lock's file says which, and goes at the end; `on_wait` is told who has it."""
+    lock = try_lock(path)
+    if lock is None and on_wait:
+        on_wait(_read_holder(path))
+    while lock is None or not _is_same(lock, path):  # the one before removes it
+        if lock is not None:
+            os.close(lock)
+        lock = wait_for_lock(path)
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+def _read_holder(path: Path) -> str:
+    try:
+        return path.read_text()[:200] or "another process"
+    except FileNotFoundError:
+        return "another process"
+
+
+def _is_same(lock: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), path.stat())
+    except FileNotFoundError:
+        return False

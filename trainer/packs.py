@@ -11,6 +11,9 @@ A version is the sha256 over the sorted paths and contents of its files, whereve
 files are the same version in every store, and packing anew changes nothing. A pack's id is the sha256 over the
 digests and sizes in it, so the same id means the same bytes. Nothing in a pack is believed: files are cut out
 by the manifest's offsets and compared with its digests, so links, devices and names in a hostile pack do nothing.
+
+A file may also lie elsewhere, in place, as an object that its owner keeps (`trainer.in_place`). Its ``sha256`` is then
+an identity: a hash over what the store says of the content, since nobody has read it.
 """
 
 from __future__ import annotations
@@ -36,17 +39,29 @@ MAX_HEADER_BYTES = 64 * 2**20  # a header names its packs, some 70 bytes each
 MAX_MANIFEST_BYTES = 512 * 2**20  # as stored, those below included; a million files are some 45 MiB
 MAX_NUMBER = 2**63
 END = bytes(2 * BLOCK)
+READABLE_SCHEMA = 2  # 2: has files in place
 STAGE_AGAIN = "send it anew from its folder: trainyard dataset stage --again"
 
 
+class InPlace(NamedTuple):
+    """An object that is used where it lies: the URI of its prefix, and its key below that."""
+
+    source: str
+    key: str
+
+
 class StagedFile(NamedTuple):
-    """One file of a version. ``pack`` is empty for a large file, which is an object of its own; ``offset`` is that of its first byte."""
+    """One file of a version. ``pack`` is empty for a large file, which is an object of its own; ``offset`` is that of its first byte.
+
+    With ``in_place`` it is no object of the store, and ``sha256`` is its identity.
+    """
 
     path: str
     sha256: bytes
     size: int
     pack: str
     offset: int
+    in_place: InPlace | None = None
 
 
 class ManifestHeader(StoredRecord):
@@ -58,6 +73,7 @@ class ManifestHeader(StoredRecord):
     files: int
     bytes: int
     packs: tuple[str, ...] = Field(description="Ids of the packs that the lines name by number.")
+    sources: tuple[str, ...] = Field(default=(), description="URIs of the prefixes that the lines of files in place name by number.")
 
 
 def pack_key(pack: str) -> str:
@@ -69,6 +85,9 @@ def file_key(digest: bytes) -> str:
 
 
 def object_key(file: StagedFile) -> str:
+    """Where its bytes lie: the object's name in the store, or the whole URI of one in place."""
+    if file.in_place:
+        return f"{file.in_place.source}/{file.in_place.key}"
     return pack_key(file.pack) if file.pack else file_key(file.sha256)
 
 
@@ -157,12 +176,17 @@ def check_path(path: str) -> str:
 def write_manifest(out: IO[bytes], header: ManifestHeader, files: Iterable[StagedFile | str]) -> None:
     """Writes a manifest: files in the order of their paths; a bare path says that the base's file is gone."""
     numbers = {pack: number for number, pack in enumerate(header.packs)}
+    sources = {source: number for number, source in enumerate(header.sources)}
+    if sources:
+        header = header.model_copy(update={"schema_version": READABLE_SCHEMA})
     # Without time and name, the same lines are the same bytes.
     with gzip.GzipFile(filename="", mode="wb", fileobj=out, compresslevel=1, mtime=0) as packed:
         packed.write(header.model_dump_json().encode() + b"\n")
         for file in files:
             if isinstance(file, str):
                 line: list[Any] = [file]
+            elif place := file.in_place:
+                line = [file.path, file.sha256.hex(), file.size, -2 - sources[place.source], 0, place.key]
             else:
                 line = [file.path, file.sha256.hex(), file.size, numbers[file.pack] if file.pack else -1, file.offset]
             packed.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
@@ -180,6 +204,12 @@ def open_manifest(data: bytes | IO[bytes], version: str) -> tuple[ManifestHeader
         raise _damaged(version, str(exc)) from exc
     if header.version != version:
         raise _damaged(version, f"it is that of version {header.version[:12]}")
+    if header.schema_version > READABLE_SCHEMA:
+        raise TrainerError(
+            f"the manifest of dataset version {version[:12]} was written by a newer Trainyard",
+            hint="update Trainyard here, also in the image that trains",
+            code=ExitCode.DATA,
+        )
     return header, _read_files(stream, header)
 
 
@@ -195,19 +225,15 @@ def _read_files(stream: gzip.GzipFile, header: ManifestHeader) -> Iterator[Stage
             if len(fields) == 1:
                 yield path
                 continue
-            _, digest, size, pack, offset = fields
-            if (
-                not all(isinstance(number, int) for number in (size, pack, offset))
-                or size < 0
-                or offset < 0
-                or pack < -1
-                or size + offset >= MAX_NUMBER
-            ):
+            _, digest, size, pack, offset, *place = fields
+            whole = all(isinstance(number, int) for number in (size, pack, offset))
+            if not whole or min(size, offset) < 0 or size + offset >= MAX_NUMBER or (pack < -1) != bool(place):
                 raise ValueError(f"impossible numbers for {path[:200]!r}")
             sha256 = bytes.fromhex(digest)
             if len(sha256) != hashlib.sha256().digest_size:
                 raise ValueError(f"no sha256 for {path[:200]!r}")
-            yield StagedFile(path, sha256, size, header.packs[pack] if pack >= 0 else "", offset)
+            in_place = InPlace(header.sources[-2 - pack], *map(check_path, place)) if place else None
+            yield StagedFile(path, sha256, size, header.packs[pack] if pack >= 0 else "", offset, in_place)
     except (OSError, EOFError, ValueError, TypeError, AttributeError, LookupError) as exc:
         raise _damaged(header.version, str(exc)) from exc
 

@@ -102,10 +102,15 @@ def _endpoints() -> Iterator[str]:
 
 def list_paths(store: ObjectStore, prefix: str) -> Iterator[str]:
     """Names of all objects below a prefix; a request per 1,000 of them."""
+    return (meta["path"] for meta in list_metadata(store, prefix))
+
+
+def list_metadata(store: ObjectStore, prefix: str | None = None) -> Iterator[ObjectMeta]:
+    """What the store says of all objects below a prefix, or of all that it has; in no order that could be relied on."""
     import obstore
 
     pages = cast("Iterable[Sequence[ObjectMeta]]", obstore.list(store, prefix, chunk_size=1000))
-    return (meta["path"] for page in pages for meta in page)
+    return (meta for page in pages for meta in page)
 
 
 def _disk_full_number(exc: Exception) -> int | None:
