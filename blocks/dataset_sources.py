@@ -8,16 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from blocks.garbage import pin_version, unpin_version
 from blocks.job import TrainRequest
 from blocks.places import home
-from blocks.refs import NAME
+from blocks.refs import NAME, resolve_version
+from blocks.registering import Registered, register_uri
 from blocks.staging import Counts, Staged, stage_folder
 from trainer.contract import DatasetCheck, DatasetRef, ExitCode, TrainerError
 from trainer.dataset import DatasetIndex
-from trainer.storage import to_uri
+from trainer.fetching import read_header
+from trainer.storage import open_store, to_uri, told_plainly
 
 ENV_STORE = "TRAINYARD_STORE"
 SUFFIX = ".used"  # of the name in the store: the files that trainings use, beside a folder that was staged whole under its own name
+
+SPARE_DAYS = 30  # for queues, and a person who resumes
 
 OnCounts = Callable[[Counts], None]
 
@@ -81,28 +86,20 @@ def stage_index(index: DatasetIndex, store: StoreChoice, index_uri: str, on_coun
 
 def find_staged(dataset: str, endpoint: str | None, index_uri: str, check: DatasetCheck) -> DatasetRef:
     """The version that ``STORE#NAME`` means now; the trainer checks its images. Raises TrainerError: NOT_FOUND, CONFIG."""
-    from blocks.refs import resolve_version
-    from trainer.fetching import read_version
-    from trainer.storage import open_store, told_plainly
-
     found = split_staged(dataset)
     assert found is not None, "callers ask for staged datasets only"
     uri, wanted = found
     with told_plainly(uri):
-        store = open_store(uri)
-        version = resolve_version(store, uri, wanted)
-        header, _ = read_version(store, version)
-    return _checked_later(dataset, version, header.files, StoreChoice(uri, endpoint), index_uri, check)
+        version = resolve_version(open_store(uri), uri, wanted)
+    return _checked_later(dataset, version, read_header(uri, version).files, StoreChoice(uri, endpoint), index_uri, check)
 
 
 def register(
-    request: TrainRequest, store: StoreChoice, index_uri: str, check: DatasetCheck, on_progress: Callable[[int], None] | None = None
-) -> tuple[DatasetRef, Staged]:
+    request: TrainRequest, store: StoreChoice, index_uri: str, check: DatasetCheck, say: Callable[[str], None] | None = None
+) -> tuple[DatasetRef, Registered]:
     """A manifest over the objects of a bucket, with labels from a folder or COCO file where they are given; no image moves."""
-    from blocks.registering import register_uri
-
     labels = Path(request.labels) if request.labels else None
-    staged = register_uri(request.dataset, store.uri, labels=labels, name=None, on_progress=on_progress)
+    staged = register_uri(request.dataset, store.uri, labels=labels, on_progress=say)
     return _checked_later(request.dataset, staged.version, staged.files, store, index_uri, check), staged
 
 
@@ -117,3 +114,18 @@ def _checked_later(dataset: str, version: str, files: int, store: StoreChoice, i
         store_endpoint=store.endpoint,
         check=check,
     )
+
+
+# --- While a run is open -------------------------------------------------------------------------------
+
+
+def pin(ref: DatasetRef, request: TrainRequest, run_id: str) -> None:
+    """No collection takes the version away before the run can be over, wherever that collection runs."""
+    assert ref.store_uri is not None
+    days = SPARE_DAYS + request.max_attempts * request.max_runtime_seconds / 86_400
+    pin_version(open_store(ref.store_uri), ref.store_uri, run_id, ref.version, days)
+
+
+def unpin(ref: DatasetRef, run_id: str) -> None:
+    if ref.store_uri is not None:
+        unpin_version(open_store(ref.store_uri), ref.store_uri, run_id)

@@ -17,7 +17,18 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import exponential_backoff
 
 from blocks.attempts import close, close_unsubmitted
-from blocks.dataset_sources import StoreChoice, choose_store, dataset_name, find_staged, is_uri, register, split_staged, stage_index
+from blocks.dataset_sources import (
+    StoreChoice,
+    choose_store,
+    dataset_name,
+    find_staged,
+    is_uri,
+    pin,
+    register,
+    split_staged,
+    stage_index,
+    unpin,
+)
 from blocks.errors import AuthError, ConfigError, JobNotFound, PlanChanged, QuotaError, RunCancelled, TransientError
 from blocks.job import FailureReason, JobRef, JobSpec, JobState, JobStatus, Plan, TrainRequest
 from blocks.naming import display_name
@@ -28,7 +39,7 @@ from flows.reporting import ProgressReporter, StagingReporter
 from flows.reporting_text import problem_line
 from flows.staging_text import describe_staged
 from flows.watching import Listener, StallGuard, watch
-from trainer.contract import DatasetCheck, DatasetRef, ExitCode, RunLayout, TrainerError
+from trainer.contract import DatasetCheck, DatasetRef, ExitCode, RunLayout, TrainerError, TrainyardError
 from trainer.dataset import DatasetIndex, check_dataset
 from trainer.store_access import access_to
 
@@ -132,11 +143,23 @@ def _stage(
         ref = find_staged(request.dataset, store.endpoint, index_uri, check)
         logger.info("trains on version %s of %s, %d files", ref.version[:12], request.dataset, ref.image_count)
     else:
-        ref, staged = register(request, store, index_uri, check)
+        ref, staged = register(request, store, index_uri, check, logger.info)
         logger.info("registered in %s, no image moved: %s", store.uri, describe_staged(staged))
-    # Before the run is written down: from here on no collection takes the version away.
-    pin_version(store.uri, record.run_id, ref.version)
+    # Before the run is written down, which may be long after.
+    pin(ref, request, record.run_id)
     return ref
+
+
+def release_dataset(profile: LocalProfile, record: RunRecord) -> None:
+    """The run is over, and does not need its version any more. Where the store does not answer, the pin ends by itself."""
+    ref = record.dataset_ref()
+    if ref.store_uri is None:
+        return
+    try:
+        with access_to(profile.store_access(ref.store_uri)):
+            unpin(ref, record.run_id)
+    except TrainyardError as exc:
+        get_run_logger().warning("the pin of dataset version %s stays until it expires: %s", ref.version[:12], exc)
 
 
 @task(name="open run", task_run_name="open run {record.run_id}", **RETRIES)

@@ -169,6 +169,7 @@ def go_through(
         while step.action is not Action.DONE:
             run_attempt(provider, record, run, request, step, on_status)
             step = next_step_of(record, max_attempts=request.max_attempts)
+        job_tasks.release_dataset(profile, record)
         result = result_of(record, step)
         reporting.publish_report(record, run, result, get_run_logger())
     except Exception:

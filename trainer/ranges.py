@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from trainer.contract import ExitCode, TrainerError
 from trainer.fetch_index import PART_BYTES, Part
 from trainer.packs import STAGE_AGAIN
-from trainer.storage import RETRY_FOR
+from trainer.storage import PATIENCE
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -109,7 +109,7 @@ class RangeReader:
 
         if start == end:
             return memoryview(b"")
-        give_up = time.monotonic() + RETRY_FOR.total_seconds()
+        give_up = time.monotonic() + PATIENCE.total_seconds()
         for left in reversed(range(TRIES)):
             if self.streams.stopped:
                 raise TrainerError("the fetch was stopped", code=ExitCode.UNAVAILABLE)

@@ -38,9 +38,10 @@ TIMEOUTS: dict[Purpose, ClientConfig] = {
     "send": {"timeout": timedelta(minutes=10)},
     "fetch": {"timeout": timedelta(days=7), "read_timeout": timedelta(minutes=1)},
 }
+PATIENCE = timedelta(minutes=3)  # a signed request is good for five
 _PATIENT: RetryConfig = {
     "max_retries": 100,
-    "retry_timeout": timedelta(minutes=3),  # a signed request is good for five
+    "retry_timeout": PATIENCE,
     "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 3},
 }
 RETRIES: dict[Purpose, RetryConfig] = {

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import obstore
@@ -113,7 +114,7 @@ def usable_images(dataset: Path, problems: int = 0) -> int:
     return len(index.images)
 
 
-def refused(data_uri: str, store_uri: str, **options: Path) -> TrainerError:
+def refused(data_uri: str, store_uri: str, **options: Any) -> TrainerError:
     """The error of a registration that is refused before it writes anything."""
     with pytest.raises(TrainerError) as caught:
         register_uri(data_uri, store_uri, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +23,9 @@ pytestmark = pytest.mark.e2e
 
 def trained(stack: Stack, *arguments: str, **environment: str) -> tuple[Path, dict[str, Any], str]:
     """A training of one epoch: the run's folder, the result's manifest, and the attempt's log."""
-    done = stack.command("trainyard", "train", *arguments, *TINY, "--epochs", "1", "--new", "--json", **environment)
+    done = replace(stack, environment={**stack.environment, **environment}).command(
+        "trainyard", "train", *arguments, *TINY, "--epochs", "1", "--new", "--json"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     run = stack.home / "runs" / json.loads(done.stdout)["run_id"]
     manifest = json.loads((run / "attempts/1/manifest.json").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from blocks.credentials import build_access, parse_connection_string
 from blocks.errors import ConfigError
@@ -25,7 +26,7 @@ def no_aws_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def aws(**fields: Any) -> Any:
     from prefect_aws import AwsCredentials
 
-    return AwsCredentials(aws_access_key_id="AKIDMADEUP", aws_secret_access_key=SECRET, region_name="eu-central-1", **fields)
+    return AwsCredentials(aws_access_key_id="AKIDMADEUP", aws_secret_access_key=SecretStr(SECRET), region_name="eu-central-1", **fields)
 
 
 def azure(**fields: Any) -> Any:
@@ -49,7 +50,7 @@ def test_the_address_of_the_block_is_used_where_the_profile_has_none() -> None:
 
     minio = MinIOCredentials(
         minio_root_user="someone",
-        minio_root_password=SECRET,  # pyright: ignore[reportArgumentType]
+        minio_root_password=SecretStr(SECRET),
         aws_client_parameters=AwsClientParameters(endpoint_url="http://127.0.0.1:9000"),
     )
     assert build_access(minio, "s3", None).endpoint == "http://127.0.0.1:9000"

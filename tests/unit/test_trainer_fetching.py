@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tests.staged_store import read_tree, write, write_store
 from trainer import fetching
 from trainer.contract import ExitCode, TrainerError
-from trainer.fetch_index import GAP_BYTES, PART_BYTES, FetchIndex, Wanted, cut_parts
+from trainer.fetch_index import GAP_BYTES, PART_BYTES, FetchIndex, Wanted, cut_parts, wanted
 from trainer.fetching import fetch_version, read_header, verify_version
 from trainer.file_tree import FileTree, NameRules, open_root
-from trainer.packs import file_key
+from trainer.packs import InPlace, StagedFile, file_key
 from trainer.ranges import FEWEST_STREAMS, MOST_STREAMS, next_streams
 
 SMALL = {"a/1.txt": b"one", "a/2.txt": b"two", "b/copy of 1": b"one", "empty": b""}
@@ -234,13 +234,15 @@ def test_parts_hold_each_file_once_and_are_no_longer_than_needed(places: list[tu
 
 def test_the_index_sorts_by_object_and_leaves_nothing(tmp_path: Path) -> None:
     digest = hashlib.sha256(b"").digest()
-    files = [Wanted(key, offset, digest, f"{key}{offset}", 1) for offset in (3, 1, 2) for key in ("b", "a")]
+    files = [StagedFile(f"{pack}{offset}", digest, 1, pack * 64, offset) for offset in (3, 1, 2) for pack in ("b", "a")]
+    lent = StagedFile("z", digest, 1, "", 0, InPlace("s3://bucket/images", "z.jpg"))
     (tmp_path / "index").write_text("of a fetch that was killed")
     index = FetchIndex(tmp_path / "index")
-    index.fill(files)
-    assert list(index.files()) == sorted(files)
+    index.fill([*files, lent])
+    assert list(index.files()) == sorted(map(wanted, files))
+    assert list(index.files_in_place()) == [lent]
     index.sort_paths()
-    assert (index.has("a1"), index.has("a9")) == (True, False)
+    assert (index.has("a1"), index.has("z"), index.has("a9")) == (True, True, False)
     index.close()
     assert list(tmp_path.iterdir()) == []
 
