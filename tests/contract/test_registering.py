@@ -113,10 +113,10 @@ def usable_images(dataset: Path, problems: int = 0) -> int:
     return len(index.images)
 
 
-def refused(data_uri: str, store_uri: str, **options: Path) -> TrainerError:
+def refused(data_uri: str, store_uri: str, labels: Path | None = None) -> TrainerError:
     """The error of a registration that is refused before it writes anything."""
     with pytest.raises(TrainerError) as caught:
-        register_uri(data_uri, store_uri, **options)
+        register_uri(data_uri, store_uri, labels=labels)
     assert caught.value.hint, "every refusal says what to do next"
     assert objects(store_uri) == set()
     return caught.value
