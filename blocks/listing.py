@@ -33,7 +33,9 @@ def check_places(data_uri: str, store_uri: str) -> None:
             raise TrainerError("a folder of this machine cannot be used in place by a store in a bucket", hint=hint, code=ExitCode.CONFIG)
     elif parts.query or parts.fragment or "@" in parts.netloc:
         # Not shown: it may be a signature.
-        raise TrainerError("the URI of the data has more than bucket and prefix", hint="give credentials by the environment")
+        raise TrainerError(
+            "the URI of the data has more than bucket and prefix", hint="give credentials by the environment", code=ExitCode.CONFIG
+        )
     inside = f"{data_uri}/".removeprefix(f"{store_uri}/").split("/")[0] if f"{data_uri}/".startswith(f"{store_uri}/") else None
     if inside == "" or inside in STORE_FOLDERS:
         hint = f"give the store a prefix of its own, such as {data_uri}/.trainyard"

@@ -69,9 +69,9 @@ def register_uri(
     data_uri, store_uri = to_uri(data_uri), to_uri(store_uri)
     name = name or data_uri.rpartition("/")[2]
     say: Say = on_progress or (lambda _: None)
+    check_places(data_uri, store_uri)
     for each in (name, labels_name(name)):
         ref_key(each)
-    check_places(data_uri, store_uri)
     with closing(JoinedTree()) as tree, folders_told_plainly():
         left_out = add_objects(tree, data_uri, store_uri, say)
         images = sum(1 for _ in tree.images())

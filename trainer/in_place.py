@@ -141,14 +141,12 @@ def _told(file: StagedFile) -> Iterator[None]:
     """The store's answers about one object in place, told with its name."""
     assert file.in_place is not None
     place = f"{file.in_place.source}/{file.in_place.key}"
-    try:
-        with told_plainly(place):
+    with told_plainly(place):
+        try:
             yield
-    except TrainerError as exc:
-        if exc.code is ExitCode.NOT_FOUND and exc.__cause__:  # what the store says; object or bucket
+        except FileNotFoundError as exc:
             hint = f"put it back, or register what is there now: trainyard dataset register {file.in_place.source}"
             raise TrainerError(f"{place}, which the dataset uses in place, is gone", hint=hint, code=ExitCode.DATA) from exc
-        raise
 
 
 def _changed(file: StagedFile) -> TrainerError:

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import obstore
@@ -23,7 +22,7 @@ from trainer.contract import ExitCode, TrainerError
 from trainer.dataset import check_dataset
 from trainer.fetching import fetch_version, verify_version
 from trainer.packs import manifest_key
-from trainer.storage import list_paths, open_store
+from trainer.storage import list_paths, open_store, to_path
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +113,10 @@ def usable_images(dataset: Path, problems: int = 0) -> int:
     return len(index.images)
 
 
-def refused(data_uri: str, store_uri: str, **options: Any) -> TrainerError:
+def refused(data_uri: str, store_uri: str, labels: Path | None = None) -> TrainerError:
     """The error of a registration that is refused before it writes anything."""
     with pytest.raises(TrainerError) as caught:
-        register_uri(data_uri, store_uri, **options)
+        register_uri(data_uri, store_uri, labels=labels)
     assert caught.value.hint, "every refusal says what to do next"
     assert objects(store_uri) == set()
     return caught.value
@@ -266,7 +265,7 @@ def test_a_store_may_lie_among_the_images_but_not_be_their_place(store_uri: str,
     assert again.left_out["objects of the store itself"][0] == len(objects(inner))
     for place in (data_uri, f"{store_uri}/files/x"):
         if place.startswith("file:"):
-            (Path(place.removeprefix("file://").replace("%20", " "))).mkdir(parents=True, exist_ok=True)
+            to_path(place).mkdir(parents=True, exist_ok=True)
         with pytest.raises(TrainerError, match="keeps its own objects") as caught:
             register_uri(place, data_uri if place == data_uri else store_uri)
         assert caught.value.code is ExitCode.CONFIG
@@ -298,6 +297,51 @@ def test_a_place_without_images_is_refused(store_uri: str, data_uri: str) -> Non
     put(data_uri, "notes.txt", b"x")
     assert refused(data_uri, store_uri).code is ExitCode.DATA
     assert refused(f"{data_uri}/none", store_uri).code is ExitCode.NOT_FOUND
+
+
+def test_objects_that_nobody_may_read_are_told_as_such(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store may be read, the bucket of the images may not; moto knows this of S3 only."""
+    import boto3
+
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+    for name, value in {"ENDPOINT_URL": s3, "ACCESS_KEY_ID": "testing", "SECRET_ACCESS_KEY": "testing", "REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    ours, theirs = (f"{kind}-{uuid4().hex[:12]}" for kind in ("ours", "theirs"))
+    client = boto3.client("s3")
+    for bucket in (ours, theirs):
+        client.create_bucket(Bucket=bucket)
+    put(f"s3://{theirs}/images", "a.png", b"x")
+    registered = register_uri(f"s3://{theirs}/images", f"s3://{ours}/store")
+    everything = [f"arn:aws:s3:::{theirs}/*", f"arn:aws:s3:::{theirs}"]
+    denied = {"Effect": "Deny", "Principal": "*", "Action": ["s3:GetObject"], "Resource": everything}
+    client.put_bucket_policy(Bucket=theirs, Policy=json.dumps({"Version": "2012-10-17", "Statement": [denied]}))
+    with pytest.raises(TrainerError, match=rf"s3://{theirs}/images/a\.png: access denied") as refused:
+        fetch_version(f"s3://{ours}/store", registered.version, tmp_path / "copy")
+    assert refused.value.code is ExitCode.PERMISSION
+    with pytest.raises(TrainerError, match="no such bucket"):
+        register_uri("s3://not-there-at-all/images", f"s3://{ours}/store")
+
+
+def test_a_uri_with_a_signature_is_not_taken_and_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(TrainerError, match="more than bucket and prefix") as refused:
+        register_uri("az://container/images?sig=secret", tmp_path.as_uri())
+    assert "secret" not in str(refused.value)
+    assert refused.value.code is ExitCode.CONFIG
+
+
+@pytest.mark.parametrize("store_uri", ["file", "s3"], indirect=True)
+def test_a_name_that_no_folder_can_hold_is_refused(store_uri: str, data_uri: str) -> None:
+    put(data_uri, "a.png", b"x")
+    if data_uri.startswith("file:"):
+        (to_path(data_uri) / "new\nline.png").write_bytes(b"x")
+    else:
+        import boto3
+
+        bucket, _, prefix = data_uri.removeprefix("s3://").partition("/")
+        boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/a//b.png", Body=b"x")
+    error = refused(data_uri, store_uri)
+    assert error.code is ExitCode.DATA
+    assert "rename or delete that object" in error.hint
 
 
 def test_a_folder_can_be_staged_under_the_name_afterwards(store_uri: str, data_uri: str, labels: Path, tmp_path: Path) -> None:
