@@ -209,7 +209,7 @@ class Marker:
         known = self.read.get((version, found.tag))
         if known is None:
             header, lines = open_manifest(bytes(obstore.get(self.store, found.key).bytes()), version)
-            keys = frozenset(object_key(line) for line in lines if isinstance(line, StagedFile))
+            keys = frozenset(object_key(line) for line in lines if isinstance(line, StagedFile) and not line.in_place)
             known = self.read[version, found.tag] = (header.base, keys)
         return known
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from blocks.joined_tree import JoinedTree
 from blocks.label_matching import CONFIG_SUFFIXES, expected_label, find_format, is_label, labels_prefix, read_coco_names
+from blocks.leases import Lease, check_generation, settled_generation, until_uncollected
 from blocks.listing import add_objects, check_places
 from blocks.refs import Ref, move_ref, read_ref, ref_key
 from blocks.scanning import Scan
@@ -75,15 +76,24 @@ def register_uri(
     with closing(JoinedTree()) as tree, folders_told_plainly():
         left_out = add_objects(tree, data_uri, store_uri, say)
         images = sum(1 for _ in tree.images())
-        matched, sent = None, 0
-        if labels:
-            matched = match_labels(tree, labels.expanduser().absolute(), data_uri, images)
-            sent = add_labels(tree, labels.expanduser().absolute(), store_uri, labels_name(name), say)
+        folder = labels.expanduser().absolute() if labels else None
+        matched = match_labels(tree, folder, data_uri, images) if folder else None
+
+        def write() -> tuple[Ref, int, int]:
+            store = open_store(store_uri)
+            with Lease(store, name) as lease:
+                lease.confirm()
+                generation = settled_generation(store, store_uri, lease.store_time)
+                sent = add_labels(tree, folder, store_uri, labels_name(name), say) if folder else 0
+                ref, changed, sent_manifest = commit(tree, store, store_uri, name, data_uri)
+                check_generation(store, store_uri, generation)
+            return ref, changed, sent + sent_manifest
+
         with told_plainly(store_uri):
-            ref, changed, sent_manifest = commit(tree, open_store(store_uri), store_uri, name, data_uri)
+            ref, changed, sent = until_uncollected(write, store_uri)
         files, size = tree.count_in_place()
     return Registered(
-        *(name, ref.version, store_uri, ref.files, ref.bytes, changed, sent + sent_manifest, time.monotonic() - started, left_out),
+        *(name, ref.version, store_uri, ref.files, ref.bytes, changed, sent, time.monotonic() - started, left_out),
         *(data_uri, files, size, images, matched),
     )
 

@@ -55,6 +55,7 @@ def open_data(job: TrainJob, layout: AttemptLayout, tell: Tell) -> Iterator[FitD
             limit_bytes=int(job.cache_limit_gib * GIB) if job.cache_limit_gib else None,
             scratch=layout / AttemptLayout.WORK,
             on_progress=FetchTold(tell),
+            on_message=tell,
         ) as fetched,
     ):
         log.info(

@@ -60,7 +60,7 @@ class Sources:
                 raise TrainerError(
                     f"{to_path(uri)}, which the dataset uses in place, is not there", hint="mount it, or stage it", code=ExitCode.NOT_FOUND
                 )
-        return open_store(uri)
+        return open_store(uri, "fetch")
 
 
 def fetch_in_place(

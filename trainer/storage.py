@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from trainer.contract import ExitCode, TrainerError
 from trainer.files import DISK_FULL, disk_full_error
-from trainer.store_access import store_options
+from trainer.store_access import StoreAccess, current_access, store_options
 from trainer.store_errors import explain
 
 if TYPE_CHECKING:
@@ -159,10 +159,16 @@ def _store(root: str) -> LocalStore:
     return LocalStore(prefix=to_path(root), automatic_cleanup=True)
 
 
-@lru_cache(maxsize=64)
+_buckets: dict[str, tuple[StoreAccess | None, ObjectStore]] = {}
+
+
 def _bucket(root: str) -> ObjectStore:
-    """Kept, as opening costs 10 ms and a connection, and every run of a listing is a folder of its own."""
-    return open_store(root)
+    """Kept, as opening costs 10 ms and a connection, and each run of a listing has its own folder. Opened anew for other credentials."""
+    access = current_access(root)
+    held = _buckets.get(root)
+    if held is None or held[0] is not access:
+        held = _buckets[root] = (access, open_store(root))
+    return held[1]
 
 
 class ObjectFolder:

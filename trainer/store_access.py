@@ -40,9 +40,13 @@ def access_to(access: StoreAccess | None) -> Iterator[None]:
             _accesses[access.scheme] = before
 
 
+def current_access(uri: str) -> StoreAccess | None:
+    return _accesses.get(urlsplit(uri).scheme)
+
+
 def store_options(uri: str) -> dict[str, Any]:
     """What obstore's ``from_url`` is to be told beside the URI."""
-    access = _accesses.get(urlsplit(uri).scheme)
+    access = current_access(uri)
     if access is None:
         return {}
     options: dict[str, Any] = dict(access.config)

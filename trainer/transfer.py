@@ -65,7 +65,7 @@ def open_for_files(uri: str) -> ObjectStore:
     """The store, with a SHA-256 beside each upload to S3, which S3 compares and keeps. Every store gets its length compared."""
     from obstore.store import S3Store
 
-    store = open_store(uri)
+    store = open_store(uri, "send")
     if not isinstance(store, S3Store):
         return store
     return S3Store(
@@ -170,7 +170,7 @@ def pull_files(uri: str, folder: Path, files: Mapping[str, ManifestFile], on_pro
     Raises TrainerError: NOT_FOUND, DATA (an unsafe name; an object that is something else), DISK_FULL, PERMISSION, UNAVAILABLE.
     """
     with folders_told_plainly(), told_plainly(uri):
-        store = open_store(uri)
+        store = open_store(uri, "fetch")
         sizes = {checked_name(name): file.bytes for name, file in files.items()}
         in_parallel(lambda name: _pull_file(store, name, folder / name, files[name]), sizes, on_progress)
 
@@ -236,7 +236,7 @@ def fetch_weights(uri: str, folder: Path) -> Path:
     if not name or parent.endswith(":/"):
         raise TrainerError(f"{uri!r} names no file", hint="give the whole URI of a file, as s3://bucket/model.pt", code=ExitCode.CONFIG)
     with folders_told_plainly(), told_plainly(uri):
-        store = open_store(parent)
+        store = open_store(parent, "fetch")
         try:
             meta = obstore.head(store, name)
         except FileNotFoundError as exc:

@@ -144,7 +144,7 @@ def test_two_who_plan_at_once_go_on_with_one_plan(store_uri: str) -> None:
 # --- Answers that are not what they seem ---------------------------------------------------------------
 
 
-in_buckets = pytest.mark.parametrize("store_uri", ["s3"], indirect=True)  # a folder's answers are never lost
+in_buckets = pytest.mark.parametrize("store_uri", ["s3", "az"], indirect=True)  # a folder's answers are never lost
 
 
 @pytest.fixture

@@ -210,7 +210,7 @@ def test_weights_are_fetched_once_for_each_state_of_the_object(
     assert fetch_weights(uri, tmp_path / "cache").read_bytes() == b"others"
 
 
-@pytest.mark.parametrize("store_uri", ["s3"], indirect=True)
+@pytest.mark.parametrize("store_uri", ["s3", "az"], indirect=True)
 def test_weights_that_were_cut_go_on(store_uri: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = (source / LARGE).read_bytes()
     push_files(source, store_uri, [LARGE])
