@@ -189,9 +189,9 @@ class LocalProvider(Provider[LocalSettings]):
 def build_request(spec: JobSpec, settings: LocalSettings) -> dict[str, JsonValue]:
     """The supervisor's command line and the job it reads. No clock, no environment."""
     folder = str(to_path(spec.attempt_uri))
-    cache: dict[str, JsonValue] = (
-        {"cache_dir": str(settings.home / "cache" / "datasets"), "cache_limit_gib": settings.cache_limit_gib} if staged else {}
-    )
+    cache: dict[str, JsonValue] = {}
+    if spec.dataset.store_uri is not None:
+        cache = {"cache_dir": str(settings.home / "cache" / "datasets"), "cache_limit_gib": settings.cache_limit_gib}
     argv: list[JsonValue] = [
         # -P: the working directory, which may have a `trainer` of its own, stays off the import path.
         *(settings.python, "-P", "-m", "trainer"),

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from uuid import uuid4
 
 import obstore
 import pytest
@@ -16,6 +17,7 @@ from blocks.registering import Registered, register_uri
 from blocks.staging import stage_folder
 from flows.cli_dataset import dataset
 from tests.datasets import coco, config, label, voc, yolo
+from tests.stores import StoreServer
 from trainer.contract import ExitCode, TrainerError
 from trainer.dataset import check_dataset
 from trainer.fetching import fetch_version, verify_version
@@ -267,13 +269,13 @@ def test_a_place_without_images_is_refused(store_uri: str, data_uri: str) -> Non
     assert refused(f"{data_uri}/none", store_uri).code is ExitCode.NOT_FOUND
 
 
-def test_objects_that_nobody_may_read_are_told_as_such(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_objects_that_nobody_may_read_are_told_as_such(s3: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store may be read, the bucket of the images may not; moto knows this of S3 only."""
     import boto3
 
     monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
-    for name, value in {"ENDPOINT_URL": s3, "ACCESS_KEY_ID": "testing", "SECRET_ACCESS_KEY": "testing", "REGION": "us-east-1"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
+    for name, value in s3.settings().items():
+        monkeypatch.setenv(name, value)
     ours, theirs = (f"{kind}-{uuid4().hex[:12]}" for kind in ("ours", "theirs"))
     client = boto3.client("s3")
     for bucket in (ours, theirs):
