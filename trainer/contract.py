@@ -45,7 +45,7 @@ class TrainConfig(UserInput):
 
     ``model`` is an architecture (``yolo11n``, ``yolo26s``, ``yolo11-pico``) or a YAML file of one;
     ``weights`` is where the parameters start: a published name (``yolo11n.pt``, downloaded by the
-    trainer), a local file, or none for random initial values.
+    trainer), a local file, a bucket URI, or none for random initial values.
     """
 
     model: str = Field(default="yolo11n", min_length=1, description="Architecture: yolo11n, yolo26s, yolo11-pico, or a YAML file.")
@@ -57,7 +57,7 @@ class TrainConfig(UserInput):
         default=16, description="Images per step, or auto (fills the GPU)."
     )
     weights: str | None = Field(
-        default=None, min_length=1, description="Start from these weights: a published name or a file. Empty: from scratch."
+        default=None, min_length=1, description="Start from these weights: a published name, a file, or a bucket URI. Empty: from scratch."
     )
     trust_weights: bool = Field(
         default=False,
@@ -199,6 +199,7 @@ class ExitCode(IntEnum):
 
 EXIT_REASONS: dict[int, FailureReason] = {
     ExitCode.DATA: FailureReason.DATA,
+    ExitCode.NOT_FOUND: FailureReason.CONFIG,
     ExitCode.UNAVAILABLE: FailureReason.INFRASTRUCTURE,
     ExitCode.USER_CODE: FailureReason.USER_CODE,
     ExitCode.OUT_OF_MEMORY: FailureReason.OUT_OF_MEMORY,

@@ -92,6 +92,13 @@ def test_images_stay_in_their_bucket_and_labels_come_from_a_folder(stack: Stack,
     assert not [key for key in sizes if key.startswith("trainyard/files/")]
     assert sum(sizes.values()) < images, "no image was copied"
 
+    client.upload_file(str(run / "attempts/1/model/model.pt"), bucket, "models/first.pt")
+    _, tuned, _ = trained(stack, str(shapes), "--weights", f"s3://{bucket}/models/first.pt", **s3.settings())
+    assert tuned["model"] == "first.pt"
+    reached = replace(stack, environment={**stack.environment, **s3.settings()})
+    gone = reached.command("trainyard", "train", str(shapes), "--weights", f"s3://{bucket}/models/none.pt", *TINY)
+    assert gone.returncode == ExitCode.CONFIG
+
 
 @pytest.mark.parametrize(
     ("arguments", "code", "cause"),

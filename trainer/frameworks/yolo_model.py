@@ -163,12 +163,15 @@ def _check_model_file(path: Path) -> Path:
 
 
 def resolve_weights(weights: str) -> Path:
-    """The local file of `weights`; a published name is downloaded once into this machine's cache.
+    """The local file of `weights`; a published name, or a file in a bucket, is fetched once into this machine's cache.
 
-    Raises TrainerError: CONFIG where there is no such file or name, UNAVAILABLE where the download failed.
+    Raises TrainerError: CONFIG where there is no such file or name, UNAVAILABLE where the download failed; NOT_FOUND, PERMISSION.
     """
     from trainer.storage import to_path
+    from trainer.transfer import fetch_weights
 
+    if "://" in weights:
+        return fetch_weights(weights, cache_dir() / "weights")
     path = to_path(weights).expanduser()
     if path.is_file():
         return path.absolute()
@@ -177,7 +180,7 @@ def resolve_weights(weights: str) -> Path:
     if path.name != weights or weights.rpartition(".")[2] != "pt":
         raise TrainerError(
             f"the weights file {weights} does not exist",
-            hint="check the path, or give a published name such as yolo11n.pt",
+            hint="check the path, or give a bucket URI, or a published name such as yolo11n.pt",
             code=ExitCode.CONFIG,
         )
     published = sorted(name for name in GITHUB_ASSETS_NAMES if name.startswith("yolo") and not _OTHER_TASKS.search(name))
