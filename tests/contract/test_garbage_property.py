@@ -247,7 +247,7 @@ def run_machine(examples: int, steps: int) -> None:
             stateful_step_count=steps,
             deadline=None,
             database=None,
-            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
         ),
     )
 
