@@ -23,6 +23,7 @@ import hashlib
 import heapq
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import IO, Any, NamedTuple
@@ -32,6 +33,7 @@ from pydantic import Field, ValidationError
 from trainer.contract import ExitCode, StoredRecord, TrainerError
 
 BLOCK = 512
+SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
 MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 MAX_LINE_BYTES = 4 * MAX_PATH_BYTES + 512
@@ -202,6 +204,8 @@ def open_manifest(data: bytes | IO[bytes], version: str) -> tuple[ManifestHeader
         header = ManifestHeader.model_validate_json(_read_line(stream, MAX_HEADER_BYTES))
     except (OSError, EOFError, ValueError, ValidationError) as exc:
         raise _damaged(version, str(exc)) from exc
+    if not all(SHA256.fullmatch(name) for name in (*header.packs, header.base or version)):
+        raise _damaged(version, "it names a pack or base by what is no sha256")
     if header.version != version:
         raise _damaged(version, f"it is that of version {header.version[:12]}")
     if header.schema_version > READABLE_SCHEMA:

@@ -76,8 +76,8 @@ def explain(uri: str, text: str) -> TrainerError:
 
 
 def _cause(said: str) -> str:
-    """Without the request, whose address may hold a signature."""
-    cause = said.rpartition(" - ")[2]
+    """Without what an address asks for, which may be a signature."""
+    cause = re.sub(r"\?\S+", "", said.rpartition(" - ")[2])
     status = re.search(r"status code: (\d+ [A-Z][A-Za-z ]+)", cause)
     if status is None:
         return cause[:300]
