@@ -296,13 +296,13 @@ type content struct {
 }
 
 type listing struct {
-	XMLName                             xml.Name `xml:"ListBucketResult"`
-	Name, Prefix, Delimiter             string
-	KeyCount, MaxKeys                   int
-	IsTruncated                         bool
-	NextContinuationToken, EncodingType string `xml:",omitempty"`
-	Contents                            []content
-	CommonPrefixes                      []struct{ Prefix string }
+	XMLName                                         xml.Name `xml:"ListBucketResult"`
+	Name, Prefix, Delimiter                         string
+	KeyCount, MaxKeys                               int
+	IsTruncated                                     bool
+	NextContinuationToken, NextMarker, EncodingType string `xml:",omitempty"`
+	Contents                                        []content
+	CommonPrefixes                                  []struct{ Prefix string }
 }
 
 func list(w http.ResponseWriter, bucket string, query url.Values) {
@@ -317,7 +317,8 @@ func list(w http.ResponseWriter, bucket string, query url.Values) {
 		}
 		return key
 	}
-	after := max(query.Get("start-after"), query.Get("continuation-token"))
+	// The marker is that of the first version of the call, which rclone still uses.
+	after := max(query.Get("start-after"), query.Get("continuation-token"), query.Get("marker"))
 	names := objects.names()
 	full := bucket + "/"
 	start := sort.SearchStrings(names, full+max(prefix, after))
@@ -334,7 +335,7 @@ func list(w http.ResponseWriter, bucket string, query url.Values) {
 			continue
 		}
 		if out.KeyCount == out.MaxKeys {
-			out.IsTruncated, out.NextContinuationToken = true, last
+			out.IsTruncated, out.NextContinuationToken, out.NextMarker = true, last, encode(last)
 			break
 		}
 		out.KeyCount++
