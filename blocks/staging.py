@@ -6,18 +6,18 @@ and the next stage goes on with what arrived. Two stagers at once do no harm: th
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
+from blocks.concurrency import AdaptivePool
+from blocks.reading import MEMORY_BYTES, Read, changed_error, read_files
 from blocks.refs import Ref, move_ref, read_ref
 from blocks.scanning import Scan, Stat, stat_of
 from blocks.stat_cache import StatCache
@@ -43,22 +43,18 @@ if TYPE_CHECKING:
 
 PACK_BYTES = 16 * 2**20
 LARGE_BYTES = 2**20  # larger files are objects of their own
-MEMORY_BYTES = 16 * 2**20  # larger ones still are hashed first, and sent from the file
 READ_FILES = 64
 READ_BYTES = 2**20
-READERS = 8
-AHEAD_BYTES = 64 * 2**20  # read and not yet packed
-SENDERS = 8
-FLYING_BYTES = 64 * 2**20  # handed to the senders and not yet in the store
+READERS = 32  # at most; a cold disk wants many, a warm one is read fastest by one
+AHEAD_BYTES = 32 * 2**20  # read and not yet packed
+SENDERS = 32  # at most
+FIRST_SENDERS = 4
+FLYING_BYTES = 96 * 2**20  # handed to the senders and not yet in the store
+PART_BYTES = 8 * 2**20  # a file too large to hold is sent in parts
+PARTS_AT_ONCE = 4
+MOST_PARTS = 10_000  # of S3
 MAX_DEPTH = 8  # manifests that say only what differs, before one says all again
 MAX_SHARE = 0.25  # of the files; where more differs, the manifest says all again
-
-
-class Read(NamedTuple):
-    path: str
-    stat: Stat
-    digest: bytes
-    content: bytes | None  # None: too large to hold
 
 
 @dataclass
@@ -88,17 +84,16 @@ class Staged:
 class Pack:
     """A pack that fills. ``id`` is known once it is full."""
 
-    chunks: list[bytes] = field(default_factory=list[bytes])
+    content: bytearray = field(default_factory=bytearray)
     digests: list[tuple[bytes, int]] = field(default_factory=list[tuple[bytes, int]])
     offsets: list[int] = field(default_factory=list[int])
-    size: int = 0
 
     def add(self, digest: bytes, content: bytes) -> None:
-        pad = padding(len(content))
-        self.chunks += (tar_header(digest, len(content)), content, pad)
         self.digests.append((digest, len(content)))
-        self.offsets.append(self.size + BLOCK)
-        self.size += BLOCK + len(content) + len(pad)
+        self.offsets.append(len(self.content) + BLOCK)
+        self.content += tar_header(digest, len(content))
+        self.content += content
+        self.content += padding(len(content))
 
 
 def stage_folder(
@@ -133,9 +128,9 @@ class _Stager:
         self.counts = Counts()
         self.pack = Pack()
         self.pending: set[bytes] = set()  # on its way to the store
-        self.flying: deque[tuple[Future[None], int, list[tuple[bytes, str, int]]]] = deque()
-        self.readers = ThreadPoolExecutor(READERS)
-        self.senders = ThreadPoolExecutor(SENDERS)
+        self.flying: deque[tuple[Future[None], int, int, list[tuple[bytes, str, int]]]] = deque()
+        self.readers = AdaptivePool(1, READERS)
+        self.senders = AdaptivePool(FIRST_SENDERS, SENDERS)
 
     def run(self, *, again: bool) -> tuple[Ref, Scan]:
         scan = Scan(self.root)
@@ -187,8 +182,8 @@ class _Stager:
                 self._settle(0)
                 self.cache.writer.execute("COMMIT")
         finally:
-            self.readers.shutdown(cancel_futures=True)
-            self.senders.shutdown(cancel_futures=True)
+            self.readers.shutdown()
+            self.senders.shutdown()
         return began
 
     def _read(self, changes: Iterator[tuple[str, Stat | None]]) -> Iterator[list[Read] | str]:
@@ -196,7 +191,7 @@ class _Stager:
         ahead: deque[tuple[Future[list[Read]] | str, int]] = deque()
         waiting = 0
         for batch, size in batches(changes):
-            ahead.append((batch if isinstance(batch, str) else self.readers.submit(read_files, self.root, batch), size))
+            ahead.append((batch if isinstance(batch, str) else self.readers.submit(size, read_files, self.root, batch, MEMORY_BYTES), size))
             waiting += size
             while waiting > AHEAD_BYTES or len(ahead) > 4 * READERS:
                 first, size_of_first = ahead.popleft()
@@ -209,10 +204,13 @@ class _Stager:
         if isinstance(found, str):
             self.cache.remove(found)
             return
+        digests = [read.digest for read in found]
+        known = self.pending.intersection(digests) | self.cache.find_placed_among(digests)
         for read in found:
             self.counts.changed_files += 1
-            if read.digest in self.pending or self.cache.find_placed(read.digest) is not None:
+            if read.digest in known:
                 continue
+            known.add(read.digest)
             self.pending.add(read.digest)
             if read.stat.size > LARGE_BYTES:
                 send = partial(put_object, self.store, file_key(read.digest), read.content) if read.content is not None else None
@@ -221,7 +219,7 @@ class _Stager:
             else:
                 assert read.content is not None, "what is packed fits into memory"
                 self.pack.add(read.digest, read.content)
-                if self.pack.size >= PACK_BYTES:
+                if len(self.pack.content) >= PACK_BYTES:
                     self._close_pack()
         self.cache.add_seen((read.path, read.stat, read.digest) for read in found)
         if self.on_progress:
@@ -232,17 +230,18 @@ class _Stager:
         if pack.digests:
             name = pack_id(pack.digests)
             rows = [(digest, name, offset) for (digest, _), offset in zip(pack.digests, pack.offsets, strict=True)]
-            send = partial(put_object, self.store, pack_key(name), b"".join((*pack.chunks, END)))
-            self._submit(send, pack.size + len(END), rows)
+            pack.content += END
+            self._submit(partial(put_object, self.store, pack_key(name), pack.content), len(pack.content), rows)
 
     def _submit(self, send: Callable[[], None], size: int, rows: list[tuple[bytes, str, int]]) -> None:
-        self._settle(max(0, FLYING_BYTES - size))
-        self.flying.append((self.senders.submit(send), size, rows))
+        held = size if size <= MEMORY_BYTES + PACK_BYTES else PART_BYTES * PARTS_AT_ONCE
+        self._settle(max(0, FLYING_BYTES - held))
+        self.flying.append((self.senders.submit(size, send), size, held, rows))
 
     def _settle(self, most: int) -> None:
         """Waits until at most so many bytes are under way, and remembers where what has arrived lies."""
-        while self.flying and (self.flying[0][0].done() or sum(size for _, size, _ in self.flying) > most):
-            future, size, rows = self.flying.popleft()
+        while self.flying and (self.flying[0][0].done() or sum(held for _, _, held, _ in self.flying) > most):
+            future, size, _, rows = self.flying.popleft()
             future.result()
             self.counts.sent_bytes += size
             self.cache.add_placed(rows)
@@ -317,66 +316,21 @@ def batches(changes: Iterable[tuple[str, Stat | None]]) -> Iterator[tuple[list[s
         yield batch, total
 
 
-def read_files(root: Path, paths: list[str]) -> list[Read]:
-    """Content and digest of each file. Raises TrainerError (DATA) for one that changes meanwhile, PERMISSION, NOT_FOUND."""
-    return [read_file(f"{root}/{path}", path) for path in paths]
-
-
-def read_file(full: str, path: str) -> Read:
-    try:
-        descriptor = os.open(full, os.O_RDONLY)
-    except PermissionError as exc:
-        raise TrainerError(
-            f"cannot read {full}", hint="mend its permissions, or name it in .trainyardignore", code=ExitCode.PERMISSION
-        ) from exc
-    except FileNotFoundError as exc:
-        raise _changed(full) from exc
-    try:
-        found = stat_of(os.fstat(descriptor))
-        if found.size > MEMORY_BYTES:
-            with os.fdopen(os.dup(descriptor), "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").digest()
-            if stat_of(os.fstat(descriptor)) != found:
-                raise _changed(full)
-            return Read(path, found, digest, None)
-        content = read_all(descriptor, found.size)
-    finally:
-        os.close(descriptor)
-    if len(content) != found.size:
-        raise _changed(full)
-    return Read(path, found, hashlib.sha256(content).digest(), content)
-
-
-def read_all(descriptor: int, size: int) -> bytes:
-    """Up to one byte more than `size`, so that growth shows."""
-    content = os.read(descriptor, size + 1)
-    if len(content) >= size:
-        return content
-    parts = [content]
-    while content := os.read(descriptor, size + 1):
-        parts.append(content)
-    return b"".join(parts)
-
-
-def _changed(full: str) -> TrainerError:
-    return TrainerError(f"{full} changed while it was staged", hint="stage again when nothing writes to the folder", code=ExitCode.DATA)
-
-
-def put_object(store: ObjectStore, key: str, content: bytes) -> None:
+def put_object(store: ObjectStore, key: str, content: bytes | bytearray) -> None:
     """Immutable content under its own name: to write it twice changes nothing, so a retry is safe."""
     import obstore
 
-    obstore.put(store, key, content)
+    obstore.put(store, key, content, use_multipart=False)
 
 
 def put_file(store: ObjectStore, key: str, path: Path, found: Stat) -> None:
     """Sends a file too large to hold, which was `found` so when it was hashed. What changed since is not kept under that hash."""
     import obstore
 
-    obstore.put(store, key, path)
+    obstore.put(store, key, path, chunk_size=max(PART_BYTES, -(-found.size // MOST_PARTS)), max_concurrency=PARTS_AT_ONCE)
     if stat_of(path.stat()) != found:
         obstore.delete(store, key)
-        raise _changed(str(path))
+        raise changed_error(str(path))
 
 
 def list_objects(store: ObjectStore) -> set[str]:

@@ -107,6 +107,10 @@ class StatCache:
     def find_placed(self, digest: bytes) -> tuple[str, int] | None:
         return self.writer.execute("SELECT pack, offset FROM placed WHERE sha256 = ?", (digest,)).fetchone()
 
+    def find_placed_among(self, digests: list[bytes]) -> set[bytes]:
+        marks = ", ".join("?" * len(digests))
+        return {row[0] for row in self.writer.execute(f"SELECT sha256 FROM placed WHERE sha256 IN ({marks})", digests)}  # noqa: S608
+
     def add_placed(self, rows: Iterable[tuple[bytes, str, int]]) -> None:
         self.writer.executemany("INSERT OR REPLACE INTO placed VALUES (?, ?, ?)", rows)
 
