@@ -1,7 +1,7 @@
 """How many transfers at once: more as long as all of them together get faster, within a limit.
 
 What helps depends on where the time goes. A cold disk and a link with latency want many at once; files in memory are
-read fastest by one thread, as each has to wait for the interpreter; and a slow line only makes each of them slower.
+read fastest by few threads, as each has to wait for the interpreter; and a slow line only makes each of them slower.
 So it is measured while it goes.
 """
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 WINDOW = 4  # transfers before a number is judged, and at least twice as many as run at once
 GAIN = 1.2  # a doubling must bring so much to be kept
-SETTLED_WINDOWS = 20  # before more is tried again, as the world changes
+SETTLED_WINDOWS = 10  # before more is tried again, as the world changes
 
 
 class Growth:

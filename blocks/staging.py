@@ -45,7 +45,8 @@ PACK_BYTES = 16 * 2**20
 LARGE_BYTES = 2**20  # larger files are objects of their own
 READ_FILES = 64
 READ_BYTES = 2**20
-READERS = 32  # at most; a cold disk wants many, a warm one is read fastest by one
+READERS = 32  # at most; a cold disk wants many, what is in memory already is read fastest by few
+FIRST_READERS = 4
 AHEAD_BYTES = 32 * 2**20  # read and not yet packed
 SENDERS = 32  # at most
 FIRST_SENDERS = 4
@@ -129,7 +130,7 @@ class _Stager:
         self.pack = Pack()
         self.pending: set[bytes] = set()  # on its way to the store
         self.flying: deque[tuple[Future[None], int, int, list[tuple[bytes, str, int]]]] = deque()
-        self.readers = AdaptivePool(1, READERS)
+        self.readers = AdaptivePool(FIRST_READERS, READERS)
         self.senders = AdaptivePool(FIRST_SENDERS, SENDERS)
 
     def run(self, *, again: bool) -> tuple[Ref, Scan]:
