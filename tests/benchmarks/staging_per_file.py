@@ -1,6 +1,6 @@
 """A peer of the staging benchmark: every file as an object of its own, with the same transfer library and a fixed number of threads.
 
-Keeps neither digests nor state, so it cannot tell later what changed. Called as ``FOLDER URI THREADS signed|unsigned``.
+Keeps neither digests nor state, so it cannot tell later what changed. Called as ``FOLDER URI THREADS``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,8 @@ def main() -> None:
 
     from trainer.storage import open_store
 
-    folder, uri, threads, settings = sys.argv[1:]
+    folder, uri, threads = sys.argv[1:]
     store = open_store(uri)
-    if settings == "unsigned":
-        from obstore.store import S3Store
-
-        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-        options = {"allow_http": True}
-        store = S3Store(bucket, prefix=prefix, unsigned_payload=True, checksum_algorithm="CRC64NVME", client_options=options)
 
     def send(entry: os.DirEntry[str]) -> None:
         path = Path(entry.path)

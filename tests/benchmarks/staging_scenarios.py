@@ -105,7 +105,7 @@ class Bench:
     def run(self, name: str, command: list[str], sink: Sink) -> Measured:
         if sys.stderr.isatty():
             print(f"\r\x1b[K  {name} ...", end="", file=sys.stderr, flush=True)
-        return measure(command, sink, client_environment(sink, self.home))
+        return measure(command, sink, client_environment(sink, self.home, unsigned="unsigned" in name))
 
     @property
     def home(self) -> Path:
@@ -131,7 +131,8 @@ def _first_upload(bench: Bench, wanted: DataSet, *clients: str, cold: bool = Fal
                 drop_cache(folder)
 
         commands = upload_commands(bench.tools, folder, sink)
-        commands["per file, 32, unsigned"] = per_file_command(folder, 32, "unsigned")
+        commands["per file, 32, unsigned"] = per_file_command(folder, 32)
+        commands["trainyard, unsigned"] = commands[OURS]
         commands["per file, 8"] = per_file_command(folder, 8)
         outcome.rows = bench.rate(sink, chosen(commands, *clients), prepare)
     return outcome
@@ -170,8 +171,12 @@ def per_file(bench: Bench) -> list[Outcome]:
             if wanted is TINY and not cold:
                 continue  # is measured with the others
             threads = ("per file, 8", "per file, 32") if wanted in (MEDIUM, HUGE) else ("per file, 32", "per file, 128")
-            outcome = _first_upload(bench, wanted, OURS, "library", *threads, "per file, 32, unsigned", cold=cold)
+            clients = (OURS, *threads, "trainyard, unsigned", "per file, 32, unsigned")
+            outcome = _first_upload(bench, wanted, *clients, cold=cold)
             _expect_per_file(outcome)
+            if outcome.rows.keys() >= {"trainyard, unsigned", "per file, 32, unsigned"}:
+                share = outcome.wall("per file, 32, unsigned") / outcome.wall("trainyard, unsigned")
+                outcome.notes.append(f"without a payload hash in the signature, both sides: {share:.2f}x")
             outcome.expect_memory()
             outcomes.append(outcome)
     return outcomes
