@@ -20,9 +20,10 @@ from blocks.joined_tree import JoinedTree
 from blocks.label_matching import CONFIG_SUFFIXES, expected_label, find_format, is_label, labels_prefix, read_coco_names
 from blocks.leases import Lease, check_generation, settled_generation, until_uncollected
 from blocks.listing import add_objects, check_places
+from blocks.reading import read_file
 from blocks.refs import Ref, move_ref, read_ref, ref_key
 from blocks.scanning import Scan
-from blocks.staging import MAX_DEPTH, MAX_SHARE, Staged, list_objects, put_file, put_object, read_file, stage_folder
+from blocks.staging import MAX_DEPTH, MAX_SHARE, Staged, list_objects, put_file, put_object, stage_folder
 from trainer.contract import ExitCode, TrainerError
 from trainer.fetching import read_version
 from trainer.packs import ManifestHeader, StagedFile, file_key, manifest_key, write_manifest

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.contract import ExitCode, TrainerError
-from trainer.packs import check_path
+from trainer.packs import MAX_NAME_BYTES, check_path
 
 IGNORE_FILE = ".trainyardignore"
 # Version control, caches, environments, and what desktops leave behind.
@@ -90,10 +90,11 @@ class Scan:
                 yield path, found
 
     def _look(self, full: str, path: str) -> Stat | None:
-        try:
-            check_path(path)
-        except ValueError as exc:
-            raise TrainerError(f"{full!r}: {exc}", hint="rename the file; names are UTF-8 text", code=ExitCode.DATA) from exc
+        if not (path.isascii() and len(path) <= MAX_NAME_BYTES):  # hot; no file system has the other names that are refused
+            try:
+                check_path(path)
+            except ValueError as exc:
+                raise TrainerError(f"{full!r}: {exc}", hint="rename the file; names are UTF-8 text", code=ExitCode.DATA) from exc
         result = os.lstat(full)
         if stat.S_ISLNK(result.st_mode):
             target = os.path.realpath(full)

@@ -7,20 +7,20 @@ What garbage collection may delete meanwhile is argued in `blocks.garbage`.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
+from blocks.concurrency import AdaptivePool
 from blocks.leases import Lease, check_generation, settled_generation, until_uncollected
+from blocks.reading import MEMORY_BYTES, Read, changed_error, read_files
 from blocks.refs import Ref, move_ref, read_ref
 from blocks.scanning import Scan, Stat, stat_of
 from blocks.stat_cache import StatCache
@@ -45,23 +45,23 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 PACK_BYTES = 16 * 2**20
-LARGE_BYTES = 2**20  # larger files are objects of their own
-MEMORY_BYTES = 16 * 2**20  # larger ones still are hashed first, and sent from the file
+# Larger files are objects of their own. Measured on loopback, 150 MB of files, medians of 4, packed against on their own, CPU seconds of
+# client and server: 0.57 against 0.68 at 300 KB, 0.52 against 0.53 at 1 MB, 0.53 against 0.49 at 3 MB; wall with 30 ms of latency: 0.92
+# against 1.20 s, 0.88 against 0.91 s, 0.78 against 0.78 s. So what is saved by packing is gone from 1 MB on.
+LARGE_BYTES = 2**20
 READ_FILES = 64
 READ_BYTES = 2**20
-READERS = 8
-AHEAD_BYTES = 64 * 2**20  # read and not yet packed
-SENDERS = 8
-FLYING_BYTES = 64 * 2**20  # handed to the senders and not yet in the store
+READERS = 32  # at most; a cold disk wants many, what is in memory already is read fastest by few
+FIRST_READERS = 4
+AHEAD_BYTES = 32 * 2**20  # read and not yet packed
+SENDERS = 32  # at most
+FIRST_SENDERS = 4
+FLYING_BYTES = 96 * 2**20  # handed to the senders and not yet in the store
+PART_BYTES = 8 * 2**20  # a file too large to hold is sent in parts
+PARTS_AT_ONCE = 4
+MOST_PARTS = 10_000  # of S3
 MAX_DEPTH = 8  # manifests that say only what differs, before one says all again
 MAX_SHARE = 0.25  # of the files; where more differs, the manifest says all again
-
-
-class Read(NamedTuple):
-    path: str
-    stat: Stat
-    digest: bytes
-    content: bytes | None  # None: too large to hold
 
 
 @dataclass
@@ -92,17 +92,16 @@ class Staged:
 class Pack:
     """A pack that fills. ``id`` is known once it is full."""
 
-    chunks: list[bytes] = field(default_factory=list[bytes])
+    content: bytearray = field(default_factory=bytearray)
     digests: list[tuple[bytes, int]] = field(default_factory=list[tuple[bytes, int]])
     offsets: list[int] = field(default_factory=list[int])
-    size: int = 0
 
     def add(self, digest: bytes, content: bytes) -> None:
-        pad = padding(len(content))
-        self.chunks += (tar_header(digest, len(content)), content, pad)
         self.digests.append((digest, len(content)))
-        self.offsets.append(self.size + BLOCK)
-        self.size += BLOCK + len(content) + len(pad)
+        self.offsets.append(len(self.content) + BLOCK)
+        self.content += tar_header(digest, len(content))
+        self.content += content
+        self.content += padding(len(content))
 
 
 def stage_folder(
@@ -150,9 +149,9 @@ class _Stager:
         self.lease = Lease(self.store, name)
         self.pack = Pack()
         self.pending: set[bytes] = set()  # on its way to the store
-        self.flying: deque[tuple[Future[None], int, list[tuple[bytes, str, int]]]] = deque()
-        self.readers = ThreadPoolExecutor(READERS)
-        self.senders = ThreadPoolExecutor(SENDERS)
+        self.flying: deque[tuple[Future[None], int, int, list[tuple[bytes, str, int]]]] = deque()
+        self.readers = AdaptivePool(FIRST_READERS, READERS)
+        self.senders = AdaptivePool(FIRST_SENDERS, SENDERS)
 
     def run(self, scan: Scan, *, again: bool) -> tuple[Ref, Scan]:
         ref, _ = read_ref(self.store, self.uri, self.name)
@@ -204,8 +203,8 @@ class _Stager:
                 self._settle(0)
                 self.cache.writer.execute("COMMIT")
         finally:
-            self.readers.shutdown(cancel_futures=True)
-            self.senders.shutdown(cancel_futures=True)
+            self.readers.shutdown()
+            self.senders.shutdown()
         return began
 
     def _read(self, changes: Iterator[tuple[str, Stat | None]]) -> Iterator[list[Read] | str]:
@@ -213,7 +212,7 @@ class _Stager:
         ahead: deque[tuple[Future[list[Read]] | str, int]] = deque()
         waiting = 0
         for batch, size in batches(changes):
-            ahead.append((batch if isinstance(batch, str) else self.readers.submit(read_files, self.root, batch), size))
+            ahead.append((batch if isinstance(batch, str) else self.readers.submit(size, read_files, self.root, batch, MEMORY_BYTES), size))
             waiting += size
             while waiting > AHEAD_BYTES or len(ahead) > 4 * READERS:
                 first, size_of_first = ahead.popleft()
@@ -226,11 +225,14 @@ class _Stager:
         if isinstance(found, str):
             self.cache.remove(found)
             return
+        digests = [read.digest for read in found]
+        known = self.pending.intersection(digests) | self.cache.find_placed_among(digests)
         for read in found:
             self.counts.changed_files += 1
             self.counts.read_bytes += read.stat.size
-            if read.digest in self.pending or self.cache.find_placed(read.digest) is not None:
+            if read.digest in known:
                 continue
+            known.add(read.digest)
             self.pending.add(read.digest)
             if read.stat.size > LARGE_BYTES:
                 send = partial(put_object, self.sending, file_key(read.digest), read.content) if read.content is not None else None
@@ -239,7 +241,7 @@ class _Stager:
             else:
                 assert read.content is not None, "what is packed fits into memory"
                 self.pack.add(read.digest, read.content)
-                if self.pack.size >= PACK_BYTES:
+                if len(self.pack.content) >= PACK_BYTES:
                     self._close_pack()
         self.cache.add_seen((read.path, read.stat, read.digest) for read in found)
         if self.on_progress:
@@ -250,17 +252,18 @@ class _Stager:
         if pack.digests:
             name = pack_id(pack.digests)
             rows = [(digest, name, offset) for (digest, _), offset in zip(pack.digests, pack.offsets, strict=True)]
-            send = partial(put_object, self.sending, pack_key(name), b"".join((*pack.chunks, END)))
-            self._submit(send, pack.size + len(END), rows)
+            pack.content += END
+            self._submit(partial(put_object, self.sending, pack_key(name), pack.content), len(pack.content), rows)
 
     def _submit(self, send: Callable[[], None], size: int, rows: list[tuple[bytes, str, int]]) -> None:
-        self._settle(max(0, FLYING_BYTES - size))
-        self.flying.append((self.senders.submit(send), size, rows))
+        held = size if size <= MEMORY_BYTES + PACK_BYTES else PART_BYTES * PARTS_AT_ONCE
+        self._settle(max(0, FLYING_BYTES - held))
+        self.flying.append((self.senders.submit(size, send), size, held, rows))
 
     def _settle(self, most: int) -> None:
         """Waits until at most so many bytes are under way, and remembers where what has arrived lies."""
-        while self.flying and (self.flying[0][0].done() or sum(size for _, size, _ in self.flying) > most):
-            future, size, rows = self.flying.popleft()
+        while self.flying and (self.flying[0][0].done() or sum(held for _, _, held, _ in self.flying) > most):
+            future, size, _, rows = self.flying.popleft()
             future.result()
             self.counts.sent_bytes += size
             self.cache.add_placed(rows)
@@ -299,9 +302,8 @@ class _Stager:
         )
         out = io.BytesIO()
         write_manifest(out, header, self.cache.lines(difference=difference))
-        data = out.getvalue()
-        obstore.put(self.sending, manifest_key(version), data)
-        self.counts.sent_bytes += len(data)
+        obstore.put(self.sending, manifest_key(version), out.getbuffer())
+        self.counts.sent_bytes += out.tell()
         return Ref(version=version, files=total.files, bytes=total.bytes, depth=header.depth)
 
     def _find_manifest(self, version: str) -> Ref | Literal["none", "damaged"]:
@@ -337,56 +339,11 @@ def batches(changes: Iterable[tuple[str, Stat | None]]) -> Iterator[tuple[list[s
         yield batch, total
 
 
-def read_files(root: Path, paths: list[str]) -> list[Read]:
-    """Content and digest of each file. Raises TrainerError (DATA) for one that changes meanwhile, PERMISSION, NOT_FOUND."""
-    return [read_file(f"{root}/{path}", path) for path in paths]
-
-
-def read_file(full: str, path: str) -> Read:
-    try:
-        descriptor = os.open(full, os.O_RDONLY)
-    except PermissionError as exc:
-        raise TrainerError(
-            f"cannot read {full}", hint="mend its permissions, or name it in .trainyardignore", code=ExitCode.PERMISSION
-        ) from exc
-    except FileNotFoundError as exc:
-        raise _changed(full) from exc
-    try:
-        found = stat_of(os.fstat(descriptor))
-        if found.size > MEMORY_BYTES:
-            with os.fdopen(os.dup(descriptor), "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").digest()
-            if stat_of(os.fstat(descriptor)) != found:
-                raise _changed(full)
-            return Read(path, found, digest, None)
-        content = read_all(descriptor, found.size)
-    finally:
-        os.close(descriptor)
-    if len(content) != found.size:
-        raise _changed(full)
-    return Read(path, found, hashlib.sha256(content).digest(), content)
-
-
-def read_all(descriptor: int, size: int) -> bytes:
-    """Up to one byte more than `size`, so that growth shows."""
-    content = os.read(descriptor, size + 1)
-    if len(content) >= size:
-        return content
-    parts = [content]
-    while content := os.read(descriptor, size + 1):
-        parts.append(content)
-    return b"".join(parts)
-
-
-def _changed(full: str) -> TrainerError:
-    return TrainerError(f"{full} changed while it was staged", hint="stage again when nothing writes to the folder", code=ExitCode.DATA)
-
-
-def put_object(store: ObjectStore, key: str, content: bytes) -> None:
+def put_object(store: ObjectStore, key: str, content: bytes | bytearray) -> None:
     """Immutable content under its own name: to write it twice changes nothing, so a retry is safe."""
     import obstore
 
-    obstore.put(store, key, content)
+    obstore.put(store, key, content, use_multipart=False)
 
 
 def put_file(store: ObjectStore, key: str, path: Path, found: Stat) -> None:
@@ -394,16 +351,17 @@ def put_file(store: ObjectStore, key: str, path: Path, found: Stat) -> None:
     import obstore
     from obstore.exceptions import BaseError
 
+    chunk_size = max(PART_BYTES, -(-found.size // MOST_PARTS))
     try:
-        obstore.put(store, key, path)
+        obstore.put(store, key, path, chunk_size=chunk_size, max_concurrency=PARTS_AT_ONCE)
     except (BaseError, FileNotFoundError) as exc:
         # obstore repeats the end of an upload in parts where the answer is lost, and the store knows those parts no more.
         if not any(code in str(exc) for code in ("InvalidBlockList", "NoSuchUpload")):
             raise
-        obstore.put(store, key, path)
+        obstore.put(store, key, path, chunk_size=chunk_size, max_concurrency=PARTS_AT_ONCE)
     if stat_of(path.stat()) != found:
         obstore.delete(store, key)
-        raise _changed(str(path))
+        raise changed_error(str(path))
 
 
 def list_objects(store: ObjectStore) -> set[str]:

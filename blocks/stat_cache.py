@@ -11,9 +11,10 @@ import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
-from itertools import starmap
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, starmap
 from pathlib import Path
+from typing import Any
 
 from blocks.errors import ServiceUnavailable
 from blocks.places import home
@@ -24,6 +25,7 @@ from trainer.packs import StagedFile
 SCHEMA_VERSION = 1
 RACY_NS = 2_000_000_000
 LOCK_SECONDS = 3600.0
+ROWS_AT_ONCE = 64
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS seen (path TEXT PRIMARY KEY, size INT, mtime_ns INT, ctime_ns INT, inode INT, sha256 BLOB, staged BLOB)
@@ -94,12 +96,20 @@ class StatCache:
 
     def add_seen(self, rows: Iterable[tuple[str, Stat, bytes]]) -> None:
         newest = time.time_ns() - RACY_NS
-        self.writer.executemany(
-            "INSERT INTO seen VALUES (?, ?, ?, ?, ?, ?, NULL) ON CONFLICT (path) DO UPDATE SET"
-            " (size, mtime_ns, ctime_ns, inode, sha256) ="
+        self._insert(
+            "INSERT INTO seen VALUES (?, ?, ?, ?, ?, ?, NULL)",
+            " ON CONFLICT (path) DO UPDATE SET (size, mtime_ns, ctime_ns, inode, sha256) ="
             " (excluded.size, excluded.mtime_ns, excluded.ctime_ns, excluded.inode, excluded.sha256)",
-            ((path, found.size, found.mtime_ns if found.mtime_ns < newest else -1, *found[2:], digest) for path, found, digest in rows),
+            [(path, found.size, found.mtime_ns if found.mtime_ns < newest else -1, *found[2:], digest) for path, found, digest in rows],
         )
+
+    def _insert(self, first: str, rest: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Many rows a statement: each statement lets go of the interpreter, which the reading threads wait for."""
+        before, _, marks = first.partition(" VALUES ")
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            some = rows[start : start + ROWS_AT_ONCE]
+            statement = f"{before} VALUES {', '.join([marks] * len(some))}{rest}"
+            self.writer.execute(statement, [value for row in some for value in row])
 
     def remove(self, path: str) -> None:
         self.writer.execute("INSERT OR IGNORE INTO gone SELECT path FROM seen WHERE path = ? AND staged IS NOT NULL", (path,))
@@ -108,8 +118,14 @@ class StatCache:
     def find_placed(self, digest: bytes) -> tuple[str, int] | None:
         return self.writer.execute("SELECT pack, offset FROM placed WHERE sha256 = ?", (digest,)).fetchone()
 
+    def find_placed_among(self, digests: list[bytes]) -> set[bytes]:
+        marks = ", ".join("?" * len(digests))
+        return {row[0] for row in self.writer.execute(f"SELECT sha256 FROM placed WHERE sha256 IN ({marks})", digests)}  # noqa: S608
+
     def add_placed(self, rows: Iterable[tuple[bytes, str, int]]) -> None:
-        self.writer.executemany("INSERT OR REPLACE INTO placed VALUES (?, ?, ?)", rows)
+        remaining = iter(rows)
+        while some := list(islice(remaining, ROWS_AT_ONCE)):
+            self._insert("INSERT OR REPLACE INTO placed VALUES (?, ?, ?)", "", some)
 
     def forget_placed(self) -> None:
         self.writer.execute("DELETE FROM placed")

@@ -1,0 +1,66 @@
+"""Reads files with their digests, and refuses one that changes meanwhile."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from blocks.scanning import Stat, stat_of
+from trainer.contract import ExitCode, TrainerError
+
+MEMORY_BYTES = 16 * 2**20  # larger ones are hashed first, and sent from the file
+
+
+class Read(NamedTuple):
+    path: str
+    stat: Stat
+    digest: bytes
+    content: bytes | None  # None: too large to hold
+
+
+def read_files(root: Path, paths: list[str], most: int = MEMORY_BYTES) -> list[Read]:
+    """Content and digest of each file. Raises TrainerError (DATA) for one that changes meanwhile, PERMISSION, NOT_FOUND."""
+    return [read_file(f"{root}/{path}", path, most) for path in paths]
+
+
+def read_file(full: str, path: str, most: int = MEMORY_BYTES) -> Read:
+    """Content is held up to `most` bytes."""
+    try:
+        descriptor = os.open(full, os.O_RDONLY)
+    except PermissionError as exc:
+        raise TrainerError(
+            f"cannot read {full}", hint="mend its permissions, or name it in .trainyardignore", code=ExitCode.PERMISSION
+        ) from exc
+    except FileNotFoundError as exc:
+        raise changed_error(full) from exc
+    try:
+        found = stat_of(os.fstat(descriptor))
+        if found.size > most:
+            with os.fdopen(os.dup(descriptor), "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+            if stat_of(os.fstat(descriptor)) != found:
+                raise changed_error(full)
+            return Read(path, found, digest, None)
+        content = read_all(descriptor, found.size)
+    finally:
+        os.close(descriptor)
+    if len(content) != found.size:
+        raise changed_error(full)
+    return Read(path, found, hashlib.sha256(content).digest(), content)
+
+
+def read_all(descriptor: int, size: int) -> bytes:
+    """Up to one byte more than `size`, so that growth shows."""
+    content = os.read(descriptor, size + 1)
+    if len(content) >= size:
+        return content
+    parts = [content]
+    while content := os.read(descriptor, size + 1):
+        parts.append(content)
+    return b"".join(parts)
+
+
+def changed_error(full: str) -> TrainerError:
+    return TrainerError(f"{full} changed while it was staged", hint="stage again when nothing writes to the folder", code=ExitCode.DATA)
