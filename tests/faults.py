@@ -18,11 +18,14 @@ PIECE_BYTES = 16 * 2**10
 ALWAYS = 10**9
 
 
+Action = Literal["refuse", "lose", "cut_up", "cut_down", "drop", "stall"]
+
+
 @dataclass
 class Fault:
     """What happens to the next `times` requests of a kind. ``path`` is searched for in the unquoted path and query."""
 
-    action: Literal["refuse", "lose", "cut_up", "cut_down", "drop", "stall"]
+    action: Action
     method: str = r"GET|PUT|POST|HEAD|DELETE"
     path: str = ""
     times: int = 1
@@ -62,7 +65,7 @@ class FaultProxy:
         with self._lock:
             self.faults.clear()
 
-    def met(self, action: str) -> int:
+    def met(self, action: Action) -> int:
         """How many requests met this fault."""
         return sum(request.fault == action for request in self.requests)
 

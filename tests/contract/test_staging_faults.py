@@ -13,7 +13,7 @@ import pytest
 
 from blocks.staging import LARGE_BYTES, stage_folder
 from tests.contract.staged import assert_no_duplicates, assert_same, contents, objects, sizes, touch_old
-from tests.faults import ALWAYS, Fault, FaultProxy, running_proxy
+from tests.faults import ALWAYS, Action, Fault, FaultProxy, running_proxy
 from tests.stores import StoreServer, new_store
 from trainer import storage
 from trainer.contract import ExitCode, TrainerError
@@ -50,7 +50,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("action", ["lose", "cut_up", "drop"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_answer_to_a_write_is_lost(uri: str, proxy: FaultProxy, source: Path, tmp_path: Path, kind: str, action: str) -> None:
+def test_an_answer_to_a_write_is_lost(uri: str, proxy: FaultProxy, source: Path, tmp_path: Path, kind: str, action: Action) -> None:
     """Lost: the store has the object and we do not know. Cut and dropped: it has not."""
     proxy.add(Fault(action, "PUT|POST", kind, times=2))
     version = stage_folder(source, uri).version
@@ -63,7 +63,7 @@ def test_an_answer_to_a_write_is_lost(uri: str, proxy: FaultProxy, source: Path,
 @pytest.mark.parametrize("action", ["lose", "cut_up", "drop"])
 @pytest.mark.parametrize("step", ["begin", "part", "end"])
 def test_an_answer_about_a_file_in_parts_is_lost(
-    uri: str, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, action: str
+    uri: str, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, action: Action
 ) -> None:
     """Files too large to hold go in parts of 5 MiB: on S3 between a beginning and an end, on Azure the first part begins."""
     monkeypatch.setattr("blocks.staging.MEMORY_BYTES", LARGE_BYTES)
@@ -82,7 +82,7 @@ def test_an_answer_about_a_file_in_parts_is_lost(
 
 
 @pytest.mark.parametrize("action", ["lose", "drop"])
-def test_an_answer_to_a_later_move_of_the_ref_is_lost(uri: str, proxy: FaultProxy, source: Path, tmp_path: Path, action: str) -> None:
+def test_an_answer_to_a_later_move_of_the_ref_is_lost(uri: str, proxy: FaultProxy, source: Path, tmp_path: Path, action: Action) -> None:
     """The second version moves the ref by compare-and-swap; the one before it is remembered once."""
     from blocks.refs import read_ref
 
@@ -119,7 +119,7 @@ def test_a_burst_of_refusals_is_sat_out(uri: str, proxy: FaultProxy, source: Pat
     ],
 )
 def test_an_outage_is_one_error_and_the_next_stage_completes(
-    uri: str, proxy: FaultProxy, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, action: str
+    uri: str, proxy: FaultProxy, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, action: Action
 ) -> None:
     hurry(monkeypatch)
     proxy.add(Fault(action, "PUT|POST", kind, times=ALWAYS))
@@ -139,7 +139,7 @@ def test_an_outage_is_one_error_and_the_next_stage_completes(
 
 @pytest.mark.parametrize("action", ["refuse", "drop", "stall"])
 def test_a_store_that_cannot_be_reached_is_told_within_half_a_minute(
-    server: StoreServer, proxy: FaultProxy, source: Path, monkeypatch: pytest.MonkeyPatch, action: str
+    server: StoreServer, proxy: FaultProxy, source: Path, monkeypatch: pytest.MonkeyPatch, action: Action
 ) -> None:
     """With the settings that users have."""
     uri = new_store(server, monkeypatch, proxy.address)
