@@ -36,12 +36,13 @@ class Fault:
 
 
 class Request(NamedTuple):
-    """``fault`` is the action that it met. Bytes are those of bodies."""
+    """``fault`` is the action that it met. Bytes are those of bodies. ``authorization`` is the header, which names who signed."""
 
     method: str
     path: str
     fault: str | None
     bytes_up: int
+    authorization: str
 
 
 @dataclass
@@ -101,7 +102,7 @@ def _make_answering(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
             action = fault.action if fault else None
             length = int(self.headers.get("Content-Length", 0))
             body = self.read_body(length // 2 if action == "cut_up" else length)
-            proxy.requests.append(Request(self.command, self.path, action, len(body)))
+            proxy.requests.append(Request(self.command, self.path, action, len(body), self.headers.get("Authorization", "")))
             if action == "stall":
                 proxy.closing.wait()
             if action in ("cut_up", "drop", "stall"):

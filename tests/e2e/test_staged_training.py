@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,16 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.e2e.test_command_line import TINY, told
-from tests.stack import Stack
+from tests.faults import running_proxy
+from tests.stack import REPOSITORY, Stack
 from tests.stores import StoreServer, no_cloud, s3
 from trainer.contract import ExitCode
 
 __all__ = ["no_cloud", "s3"]
 
 pytestmark = pytest.mark.e2e
+
+SIGNER = re.compile(r"Credential=(\w+)/")
 
 
 def trained(stack: Stack, *arguments: str, **environment: str) -> tuple[Path, dict[str, Any], str]:
@@ -98,6 +104,38 @@ def test_images_stay_in_their_bucket_and_labels_come_from_a_folder(stack: Stack,
     reached = replace(stack, environment={**stack.environment, **s3.settings()})
     gone = reached.command("trainyard", "train", str(shapes), "--weights", f"s3://{bucket}/models/none.pt", *TINY)
     assert gone.returncode == ExitCode.CONFIG
+
+
+SAVE_PROFILE = """
+import sys
+from prefect_aws import AwsCredentials
+from blocks.profiles import LocalProfile
+store, endpoint = sys.argv[1:]
+for kind in (AwsCredentials, LocalProfile):
+    kind.register_type_and_schema()
+credentials = AwsCredentials(aws_access_key_id="AKIDOFTHEBLOCK", aws_secret_access_key="made-up-7f3a", region_name="us-east-1")
+credentials.save("stores", overwrite=True)
+profile = LocalProfile(slots=1, store=store, store_endpoint=endpoint, store_credentials="aws-credentials/stores")
+profile.save("with-store", overwrite=True)
+"""
+
+
+def test_a_profile_names_store_address_and_credentials(stack: Stack, shapes: Path, s3: StoreServer) -> None:
+    """The saved credentials stage; the training uses the machine's own, here those of the environment. The secret is nowhere."""
+    store = f"{s3.make_bucket()}/trainyard"
+    with running_proxy(s3.address) as proxy:
+        command = [sys.executable, "-c", SAVE_PROFILE, store, proxy.address]
+        subprocess.run(command, env=stack.environment, cwd=REPOSITORY, check=True, timeout=120)
+        own = {"AWS_ACCESS_KEY_ID": "AKIDOFTHEMACHINE", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
+        run, _, _ = trained(stack, str(shapes), "--stage", "--profile", "with-store", **own)
+    signers = {
+        kind: {match[1] for request in proxy.requests if kind in request.path and (match := SIGNER.search(request.authorization))}
+        for kind in ("refs/", "packs/")
+    }
+    assert signers == {"refs/": {"AKIDOFTHEBLOCK"}, "packs/": {"AKIDOFTHEBLOCK", "AKIDOFTHEMACHINE"}}
+    assert json.loads((run / "source.json").read_text())["store_endpoint"] == proxy.address
+    told = [path.read_bytes() for path in stack.home.rglob("*") if path.is_file()]
+    assert not [text for text in told if b"made-up-7f3a" in text]
 
 
 @pytest.mark.parametrize(
