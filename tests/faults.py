@@ -132,17 +132,17 @@ def _make_answering(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                     connection.putheader(name, value)
                 connection.endheaders(body or None)
                 response = connection.getresponse()
-                return response.status, dict(response.getheaders()), response.read()
+                return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
             finally:
                 connection.close()
 
         def send(self, status: int, headers: dict[str, str], content: bytes, *, cut: bool = False) -> None:
             self.send_response_only(status)
             for name, value in headers.items():
-                if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                if name not in ("content-length", "transfer-encoding", "connection"):
                     self.send_header(name, value)
             # To a HEAD the answer has the length of what is not sent.
-            length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(content))
+            length = headers.get("content-length", "0") if self.command == "HEAD" else str(len(content))
             self.send_header("Content-Length", length)
             self.end_headers()
             content = content[: len(content) // 2] if cut else content

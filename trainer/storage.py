@@ -126,7 +126,9 @@ def told_plainly(uri: str) -> Iterator[None]:
 
     try:
         yield
-    except FileNotFoundError:
+    except FileNotFoundError as exc:
+        if any(code in str(exc) for code in ("NoSuchBucket", "ContainerNotFound", "ResourceNotFound")):
+            raise explain(uri, str(exc)) from None
         raise TrainerError(f"{uri}: not found", hint="check bucket and name", code=ExitCode.NOT_FOUND) from None
     except exceptions.BaseError as exc:
         if _disk_full_number(exc) is not None:
