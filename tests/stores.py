@@ -19,6 +19,7 @@ import pytest
 
 from tests.components import npm_folder, npm_install, skip_or_fail
 from tests.stack import stop, wait_for
+from trainer.store_access import AWS_FILES
 
 AZURITE_PACKAGE = Path("tests/emulators/azurite/package.json")
 AZURITE_FOLDER = npm_folder("azurite")
@@ -129,6 +130,8 @@ def no_cloud(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of this machine's clouds is seen."""
     for name in [name for name in os.environ if name.startswith(CLOUD_PREFIXES)]:
         monkeypatch.delenv(name)
+    for name in AWS_FILES:
+        monkeypatch.setenv(name, os.devnull + "/none")
 
 
 @pytest.fixture(params=["file", "s3", "az"])

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from trainer.contract import ExitCode, TrainerError
+
+AWS_FILES = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}
+AWS_CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +61,32 @@ def store_options(uri: str) -> dict[str, Any]:
     """What obstore's ``from_url`` is to be told beside the URI."""
     access = current_access(uri)
     if access is None:
-        return {}
+        return aws_profile_options() if urlsplit(uri).scheme == "s3" else {}
     options: dict[str, Any] = dict(access.config)
     if access.endpoint:
         options["endpoint"] = access.endpoint
     if access.credential_provider is not None:
         options["credential_provider"] = access.credential_provider
+    elif access.scheme == "s3" and not access.config:
+        options |= aws_profile_options()
     return options
+
+
+def aws_profile_options() -> dict[str, Any]:
+    """What ``aws configure`` and ``aws sso login`` keep in files, which obstore does not read: through boto3, where that is installed.
+
+    Empty where the environment has credentials, or there are no such files. Raises TrainerError (PERMISSION) for a profile that is
+    not there, or of no use.
+    """
+    if any(os.environ.get(name) for name in AWS_CREDENTIALS) or find_spec("boto3") is None:
+        return {}
+    files = (os.environ.get(name) or default for name, default in AWS_FILES.items())
+    if not any(Path(file).expanduser().is_file() for file in files):
+        return {}
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
+    try:
+        return {"credential_provider": Boto3CredentialProvider()}
+    except Exception as exc:  # of botocore, which is no dependency
+        hint = "log in (aws sso login, aws configure), or set AWS_PROFILE to a profile that has credentials"
+        raise TrainerError(f"the AWS profile gives no credentials: {exc}", hint=hint, code=ExitCode.PERMISSION) from exc

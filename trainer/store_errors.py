@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from trainer.contract import ExitCode, TrainerError
 
 CREDENTIALS = {
-    "s3": 'set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; from a profile: eval "$(aws configure export-credentials --format env)"',
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; profiles (aws configure, aws sso login) need boto3: uv sync --extra aws",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_USE_AZURE_CLI=true after `az login`",
     "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
 }
