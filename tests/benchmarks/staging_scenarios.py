@@ -7,7 +7,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.benchmarks.staging_data import DataSet, build, change, drop_cache
@@ -165,6 +165,7 @@ def upload_200kb(bench: Bench) -> list[Outcome]:
 
 def per_file(bench: Bench) -> list[Outcome]:
     """Never worse than objects of their own, whatever the size of the files and wherever they are read from."""
+    bench = replace(bench, rounds=min(3, bench.rounds))
     outcomes: list[Outcome] = []
     for wanted in (TINY, SMALL, MEDIUM, HUGE):
         for cold in (False, True):
@@ -185,7 +186,7 @@ def per_file(bench: Bench) -> list[Outcome]:
 def link(bench: Bench) -> list[Outcome]:
     """A link of limited bandwidth: what counts is how full it is kept."""
     outcome = Outcome(f"first upload, {LINKED}, over {LINE_MBIT} Mbit/s + {LATENCY_MS} ms")
-    few = Bench(bench.tools, bench.root, min(2, bench.rounds), 1, bench.only)
+    few = replace(bench, rounds=min(2, bench.rounds))
     with few.data(LINKED) as folder, running_sink(few.tools["sink"], mbit=LINE_MBIT, latency_ms=LATENCY_MS) as sink:
         outcome.rows = few.rate(sink, chosen(upload_commands(few.tools, folder, sink), OURS), lambda _: few.forget(sink))
         peers = chosen(upload_commands(few.tools, folder, sink), "s5cmd", "per file, 32")
