@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trainer.contract import unknown_name_message
+from trainer.errors import unknown_name_message
 
 if TYPE_CHECKING:
     from blocks.provider import Provider

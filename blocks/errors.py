@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from trainer.contract import ExitCode, FailureReason, TrainerError, TrainyardError
+from trainer.errors import ExitCode, FailureReason, TrainerError, TrainyardError
 
 __all__ = ["TrainerError", "TrainyardError"]
 

@@ -39,13 +39,16 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from pydantic import AwareDatetime, Field, ValidationError
+import msgspec
+from pydantic import ValidationError
 
 from blocks.leases import DEAD_AFTER, Collection, settled_generation
 from blocks.refs import KEPT_VERSIONS, list_refs
-from trainer.contract import ExitCode, StoredRecord, TrainerError, utc_now
+from trainer.errors import ExitCode, TrainerError
+from trainer.files import utc_now
 from trainer.packs import StagedFile, manifest_key, object_key, open_manifest
 from trainer.storage import open_store, told_plainly
+from trainer.store_records import AwareTime, StoreRecord
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -73,12 +76,12 @@ class Reason(StrEnum):
     GRACE = "grace"
 
 
-class PinFile(StoredRecord):
+class PinFile(StoreRecord, frozen=True, kw_only=True):
     """``pins/<run_id>.json``: a run needs this version, wherever its record lies."""
 
     version: str
-    created_at: AwareDatetime = Field(default_factory=utc_now)
-    expires_at: AwareDatetime
+    created_at: AwareTime = msgspec.field(default_factory=utc_now)
+    expires_at: AwareTime
 
 
 class StoredObject(NamedTuple):
@@ -136,7 +139,7 @@ def pin_version(store: ObjectStore, uri: str, run_id: str, version: str, days: f
     now = utc_now()
     pin = PinFile(version=version, created_at=now, expires_at=now + timedelta(days=days))
     with told_plainly(uri):
-        obstore.put(store, pin_key(run_id), pin.model_dump_json(indent=1).encode())
+        obstore.put(store, pin_key(run_id), pin.to_json())
         # A collection that has not seen the pin may be under way. It deletes manifests first: what has one afterwards is whole.
         settled_generation(store, uri)
         try:
@@ -157,10 +160,10 @@ def _read_pin(store: ObjectStore, uri: str, key: str) -> PinFile | None:
     import obstore
 
     try:
-        return PinFile.model_validate_json(bytes(obstore.get(store, key).bytes()))
+        return PinFile.from_json(bytes(obstore.get(store, key).bytes()))
     except FileNotFoundError:  # unpinned since it was listed
         return None
-    except ValidationError as exc:
+    except ValueError as exc:
         raise TrainerError(f"{uri}/{key} is damaged", hint="delete that object if its run is over", code=ExitCode.DATA) from exc
 
 

@@ -18,10 +18,12 @@ from concurrent.futures import Future
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from pydantic import AwareDatetime, Field, ValidationError
+import msgspec
 
 from blocks.refs import swap, tag_of
-from trainer.contract import ExitCode, StoredRecord, TrainerError, utc_now
+from trainer.errors import ExitCode, TrainerError
+from trainer.files import utc_now
+from trainer.store_records import AwareTime, StoreRecord
 
 if TYPE_CHECKING:
     from obstore import UpdateVersion
@@ -38,20 +40,20 @@ DELETE_SECONDS = 300.0  # so long a collection deletes by what it has found; les
 Done = TypeVar("Done")
 
 
-class LeaseFile(StoredRecord):
+class LeaseFile(StoreRecord, frozen=True, kw_only=True):
     """``leases/<id>.json``, for people: only its existence and its time count."""
 
     dataset: str
-    host: str = Field(default_factory=socket.gethostname)
-    started_at: AwareDatetime = Field(default_factory=utc_now)
+    host: str = msgspec.field(default_factory=socket.gethostname)
+    started_at: AwareTime = msgspec.field(default_factory=utc_now)
 
 
-class CollectionMark(StoredRecord):
+class CollectionMark(StoreRecord, frozen=True, kw_only=True):
     """``gc.json``. A listing that is newer than the end of this generation is true until there is another generation."""
 
     generation: str
     deleting: bool
-    started_at: AwareDatetime = Field(default_factory=utc_now)
+    started_at: AwareTime = msgspec.field(default_factory=utc_now)
 
 
 class CollectedMeanwhile(Exception):
@@ -67,7 +69,7 @@ class Lease:
 
     def __init__(self, store: ObjectStore, dataset: str) -> None:
         self._store, self._key = store, lease_key(secrets.token_hex(8))
-        self._data = LeaseFile(dataset=dataset).model_dump_json(indent=1).encode()
+        self._data = LeaseFile(dataset=dataset).to_json()
         self._written: Future[None] = Future()
         self._over = threading.Event()
         self._keeper: threading.Thread | None = None
@@ -147,8 +149,8 @@ def read_mark(store: ObjectStore, uri: str) -> tuple[CollectionMark | None, Upda
     except FileNotFoundError:
         return None, None, None
     try:
-        mark = CollectionMark.model_validate_json(data)
-    except ValidationError as exc:
+        mark = CollectionMark.from_json(data)
+    except ValueError as exc:
         hint = "delete that object when nobody collects garbage there"
         raise TrainerError(f"{uri}/{MARK_KEY} is damaged", hint=hint, code=ExitCode.DATA) from exc
     return mark, tag_of(answer.meta), answer.meta["last_modified"]
@@ -217,7 +219,7 @@ class Collection:
         """Not for one whose deletion failed: its last request may still be on its way, so others wait until it is surely over."""
         stored, tag, _ = read_mark(self._store, self._uri)
         if stored == self._mark:
-            swap(self._store, self._uri, MARK_KEY, self._mark.model_copy(update={"deleting": False}), tag)
+            swap(self._store, self._uri, MARK_KEY, msgspec.structs.replace(self._mark, deleting=False), tag)
 
 
 def _store_time(store: ObjectStore) -> datetime:

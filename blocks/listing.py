@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from blocks.joined_tree import JoinedTree
 from blocks.label_matching import LABEL_SUFFIXES, is_image
 from blocks.scanning import EXCLUDED, EXCLUDED_SUFFIXES
-from trainer.contract import ExitCode, TrainerError
+from trainer.errors import ExitCode, TrainerError
 from trainer.in_place import find_identity
 from trainer.packs import InPlace, StagedFile, check_path
 from trainer.storage import list_metadata, open_store, to_path, told_plainly

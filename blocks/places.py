@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from trainer.contract import ENV_HOME
+from trainer.files import ENV_HOME
 
 
 def home() -> Path:

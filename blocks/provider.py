@@ -15,8 +15,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import JsonValue, ValidationError
 
-from blocks.errors import ConfigError, ProviderError, ResultMissing, ServiceUnavailable
-from blocks.errors import PlanChanged as PlanChangedError
+from blocks.errors import ConfigError, PlanChanged as PlanChangedError, ProviderError, ResultMissing, ServiceUnavailable
 from blocks.job import (
     Capabilities,
     CheckReport,

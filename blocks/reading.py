@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from blocks.scanning import Stat, stat_of
-from trainer.contract import ExitCode, TrainerError
+from trainer.errors import ExitCode, TrainerError
 
 MEMORY_BYTES = 16 * 2**20  # larger ones are hashed first, and sent from the file
 

@@ -8,11 +8,13 @@ import re
 import time
 from typing import TYPE_CHECKING
 
-from pydantic import AwareDatetime, Field, ValidationError
+import msgspec
 
-from trainer.contract import ExitCode, StoredRecord, TrainerError, utc_now
+from trainer.errors import ExitCode, TrainerError
+from trainer.files import utc_now
 from trainer.locks import try_lock
 from trainer.storage import list_paths, to_path
+from trainer.store_records import AwareTime, StoreRecord
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, UpdateVersion
@@ -24,14 +26,14 @@ UNCLEAR_TRIES = 3
 NAME = re.compile(r"[\w][\w .+-]{0,99}")
 
 
-class Ref(StoredRecord):
+class Ref(StoreRecord, frozen=True, kw_only=True):
     """``refs/<name>.json``. ``previous`` are the versions before it, newest first: a run may be at work on one."""
 
     version: str
     files: int
     bytes: int
     depth: int = 0
-    updated_at: AwareDatetime = Field(default_factory=utc_now)
+    updated_at: AwareTime = msgspec.field(default_factory=utc_now)
     previous: tuple[str, ...] = ()
 
 
@@ -52,8 +54,8 @@ def read_ref(store: ObjectStore, uri: str, name: str) -> tuple[Ref | None, Updat
     except FileNotFoundError:
         return None, None
     try:
-        ref = Ref.model_validate_json(data)
-    except ValidationError as exc:
+        ref = Ref.from_json(data)
+    except ValueError as exc:
         hint = "delete that object and stage again: its packs are found again"
         raise TrainerError(f"{uri}/{ref_key(name)} is damaged", hint=hint, code=ExitCode.DATA) from exc
     return ref, tag_of(answer.meta)
@@ -82,7 +84,7 @@ def move_ref(store: ObjectStore, uri: str, name: str, newest: Ref) -> None:
         before = (stored.version, *stored.previous) if stored else ()
         previous = tuple(version for version in before if version != newest.version)[:KEPT_VERSIONS]
         try:
-            if swap(store, uri, ref_key(name), newest.model_copy(update={"previous": previous}), tag):
+            if swap(store, uri, ref_key(name), msgspec.structs.replace(newest, previous=previous), tag):
                 return
         except GenericError:
             unclear += 1
@@ -92,13 +94,13 @@ def move_ref(store: ObjectStore, uri: str, name: str, newest: Ref) -> None:
     raise TrainerError(f"{uri}: others move the ref of {name!r} all the time", hint="stage again", code=ExitCode.UNAVAILABLE)
 
 
-def swap(store: ObjectStore, uri: str, key: str, record: StoredRecord, tag: UpdateVersion | None) -> bool:
+def swap(store: ObjectStore, uri: str, key: str, record: StoreRecord, tag: UpdateVersion | None) -> bool:
     """Replaces the object if it is still as `tag` says (None: if there is none). False where it is not."""
     import obstore
     from obstore.exceptions import AlreadyExistsError, PreconditionError
     from obstore.store import LocalStore
 
-    data = record.model_dump_json(indent=1).encode()
+    data = record.to_json()
     if isinstance(store, LocalStore):
         return _swap_locally(store, uri, key, data, tag)
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.contract import ExitCode, TrainerError
+from trainer.errors import ExitCode, TrainerError
 from trainer.packs import MAX_NAME_BYTES, check_path
 
 IGNORE_FILE = ".trainyardignore"

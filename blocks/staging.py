@@ -24,7 +24,7 @@ from blocks.reading import MEMORY_BYTES, Read, changed_error, read_files
 from blocks.refs import Ref, move_ref, read_ref
 from blocks.scanning import Scan, Stat, stat_of
 from blocks.stat_cache import StatCache
-from trainer.contract import ExitCode, TrainerError
+from trainer.errors import ExitCode, TrainerError
 from trainer.fetching import read_version
 from trainer.packs import (
     BLOCK,
@@ -153,7 +153,7 @@ class _Stager:
         self.pack = Pack()
         self.pending: set[bytes] = set()  # on its way to the store
         self.flying: deque[tuple[Future[None], int, int, list[tuple[bytes, str, int]]]] = deque()
-        self.readers = AdaptivePool(FIRST_READERS, READERS)
+        self.readers = AdaptivePool(FIRST_READERS, READERS, reads_files=True)
         self.senders = AdaptivePool(FIRST_SENDERS, SENDERS)
 
     def run(self, scan: Scan, *, again: bool) -> tuple[Ref, Scan]:

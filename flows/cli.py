@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from click.shell_completion import CompletionItem
+from flows.cli_lazy import LazyGroup
 
 COMPLETE = "_TRAINYARD_COMPLETE"  # set by the script that `trainyard completion` prints
 
@@ -37,36 +34,18 @@ def is_completing_word() -> bool:
     return COMPLETE in os.environ and not os.environ.get("COMP_WORDS", "").rpartition(" ")[2].startswith("-")
 
 
-class LazyGroup(click.Group):
-    """A group that knows its commands' names and one-line helps, and imports a command when it is wanted."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
+class AppGroup(LazyGroup):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        if is_completing_word():
+        if cmd_name in self.lazy and is_completing_word():
             from flows.cli_completion import stand_in
 
             quick = stand_in(cmd_name)
             if quick is not None:
                 return quick
-        return getattr(import_module(COMMANDS[cmd_name][0]), cmd_name)
-
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Without importing what is only named."""
-        from click.shell_completion import CompletionItem
-
-        names = [CompletionItem(name, help=text) for name, (_, text) in COMMANDS.items() if name.startswith(incomplete)]
-        return names + click.Command.shell_complete(self, ctx, incomplete)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+        return super().get_command(ctx, cmd_name)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=AppGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="trainyard", message="trainyard %(version)s")
 def app() -> None:
     """Train vision models on this machine or your own cloud, orchestrated by Prefect.
@@ -98,7 +77,7 @@ def main() -> None:
 
 def tell(exc: Exception) -> int:
     """Prints an expected failure and returns its exit code; a defect is raised again, with its traceback."""
-    from trainer.contract import TrainyardError
+    from trainer.errors import TrainyardError
 
     if not isinstance(exc, TrainyardError):
         raise exc

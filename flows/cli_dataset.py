@@ -1,78 +1,24 @@
-"""`trainyard dataset`: its commands on a store, and `check`: what a training would see, and what it would leave out."""
+"""`trainyard dataset`: its commands. A look at a store that nothing changed in takes no longer than what is imported for it."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
 import click
-from pydantic import ValidationError
 
-from flows.cli_store import fetch, list_command, show, stage, verify
-from flows.cli_store_gc import gc_command, rm
-from flows.cli_store_register import register
-from trainer.contract import SplitConfig, Task
+from flows.cli_lazy import LazyGroup
 
-if TYPE_CHECKING:
-    from trainer.dataset import DatasetIndex
+COMMANDS = {
+    "check": ("flows.cli_check", "Read a dataset, list its problems, refuse it where a training would."),
+    "stage": ("flows.cli_store", "Bring a folder into a store; only what it lacks is sent."),
+    "register": ("flows.cli_store_register", "Use images in a bucket where they lie."),
+    "list": ("flows.cli_store", "List the datasets of a store."),
+    "show": ("flows.cli_store", "Show one version: how much it is, where it lies, and its folders."),
+    "fetch": ("flows.cli_store", "Bring a version to a folder, every file's sha256 compared."),
+    "verify": ("flows.cli_store", "Read every file of a version in the store and compare its sha256."),
+    "rm": ("flows.cli_store_gc", "Take a dataset's name out of a store."),
+    "gc": ("flows.cli_store_gc", "Free what no dataset, run or pin of a store needs."),
+}
 
-SPLITS = ("train", "val", "test")
 
-
-@click.group()
+@click.group(cls=LazyGroup, lazy=COMMANDS)
 def dataset() -> None:
     """Check a dataset before training; stage it to a store, fetch it from there."""
-
-
-for command in (stage, register, fetch, verify, list_command, show, rm, gc_command):
-    dataset.add_command(command)
-
-
-@dataset.command()
-@click.argument("path")
-@click.option("--task", type=click.Choice([task.value for task in Task]), default=Task.OBJECT_DETECTION.value, show_default=True)
-@click.option("--split-by", help=r"Pattern in the file name that groups images, e.g. '^(cam\d+_\d+)'.")
-@click.option(
-    "--max-problem-share", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Refuse above this share of broken images."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def check(path: str, task: str, split_by: str | None, max_problem_share: float, as_json: bool) -> None:
-    """Read the dataset at PATH (YOLO, COCO JSON or Pascal VOC), list its problems, refuse it where a training would."""
-    from blocks.errors import ConfigError
-    from blocks.provider import describe_validation
-    from flows.display import print_table
-    from flows.reporting_text import problem_line
-    from trainer.dataset import check_dataset
-
-    try:
-        split = SplitConfig(by=split_by)
-    except ValidationError as exc:
-        raise ConfigError(describe_validation(exc)) from exc
-    index = check_dataset(Path(path).absolute(), task=Task(task), split=split, max_problem_share=max_problem_share)
-    if as_json:
-        click.echo(json.dumps(describe(index)))
-        return
-    click.echo(f"{index.name}: {index.format.value}, {len(index.images)} images, version {index.version[:12]}")
-    boxes = {name: index.box_counts(name) for name in SPLITS}
-    rows = [(name, *(boxes[split_name][number] for split_name in SPLITS)) for number, name in enumerate(index.classes)]
-    rows.append(("images", *(index.count(name) for name in SPLITS)))
-    print_table("boxes per class and split", ("class", *SPLITS), rows)
-    for problem in index.problems:
-        click.echo(problem_line(problem))
-    for note in index.notes:
-        click.echo(f"note: {note}")
-
-
-def describe(index: DatasetIndex) -> dict[str, Any]:
-    return {
-        "name": index.name,
-        "format": index.format.value,
-        "version": index.version,
-        "classes": list(index.classes),
-        "images": {name: index.count(name) for name in SPLITS},
-        "boxes": {name: index.box_counts(name) for name in SPLITS},
-        "split_sources": index.split_sources,
-        "problems": [problem.model_dump(mode="json") for problem in index.problems],
-        "notes": list(index.notes),
-    }

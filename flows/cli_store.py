@@ -126,13 +126,15 @@ def verify(version: str, store_uri: str, as_json: bool) -> None:
 @AS_JSON
 def list_command(store_uri: str, as_json: bool) -> None:
     """List the datasets of a store."""
+    import msgspec
+
     from blocks.refs import list_refs
     from trainer.storage import open_store, told_plainly
 
     with told_plainly(store_uri):
         refs = list_refs(open_store(store_uri), store_uri)
     if as_json:
-        click.echo(json.dumps({name: ref.model_dump(mode="json") for name, ref in refs.items()}))
+        click.echo(msgspec.json.encode(refs).decode())
         return
     from flows.display import print_table
 

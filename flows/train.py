@@ -13,8 +13,7 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
-from prefect.runtime import deployment
-from prefect.runtime import flow_run as current_flow_run
+from prefect.runtime import deployment, flow_run as current_flow_run
 from prefect.states import Cancelled, Completed
 
 from blocks.attempts import Action, Step, may_resume, next_step_of, result_of

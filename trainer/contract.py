@@ -7,22 +7,24 @@ could misread raises ``CONTRACT_VERSION``; the launcher compares it with the ima
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from enum import IntEnum, StrEnum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, field_validator
 
-from trainer.records import STORED as STORED  # noqa: PLC0414 - the launcher has it from here
-from trainer.records import StoredRecord, UserInput
-from trainer.records import unknown_name_message as unknown_name_message  # noqa: PLC0414 - the launcher has it from here
+from trainer.errors import (
+    EXIT_REASONS as EXIT_REASONS,
+    ExitCode as ExitCode,
+    FailureReason as FailureReason,
+    TrainerError as TrainerError,
+    TrainyardError as TrainyardError,
+    unknown_name_message as unknown_name_message,
+)
+from trainer.files import ENV_HOME as ENV_HOME, utc_now as utc_now
+from trainer.records import STORED as STORED, StoredRecord as StoredRecord, UserInput as UserInput
 
 CONTRACT_VERSION = 2  # 2: datasets in a store
-
-
-def utc_now() -> datetime:
-    return datetime.now(UTC)
 
 
 # --- What to train -----------------------------------------------------------------------------
@@ -153,84 +155,7 @@ class TrainJob(StoredRecord):
     fingerprint: str = ""
 
 
-# --- Why it ended --------------------------------------------------------------------------------
-
-
-class FailureReason(StrEnum):
-    CONFIG = "config"
-    USER_CODE = "user-code"
-    OUT_OF_MEMORY = "out-of-memory"
-    DATA = "data"
-    PREEMPTED = "preempted"
-    TIMEOUT = "timeout"
-    CAPACITY = "capacity"
-    QUOTA = "quota"
-    IMAGE = "image"
-    PERMISSION = "permission"
-    INFRASTRUCTURE = "infrastructure"
-    UNKNOWN = "unknown"
-
-    @property
-    def is_retryable(self) -> bool:
-        """Whether the same request may well succeed on another machine."""
-        return self in (FailureReason.PREEMPTED, FailureReason.INFRASTRUCTURE)
-
-
-class ExitCode(IntEnum):
-    """Exit codes of the trainer and of the ``trainyard`` command, after BSD ``sysexits(3)`` where it has a fitting one."""
-
-    OK = 0
-    UNEXPECTED = 1  # a defect of Trainyard itself
-    USAGE = 2  # the command line (click's own code)
-    DATA = 65  # EX_DATAERR: the dataset, or it changed while it was read
-    NOT_FOUND = 66  # EX_NOINPUT: no such run, file or profile
-    UNAVAILABLE = 69  # EX_UNAVAILABLE: a service, capacity, or the machine went away
-    USER_CODE = 70  # EX_SOFTWARE: the training raised
-    OUT_OF_MEMORY = 71  # EX_OSERR: host or GPU memory
-    RESULT_MISSING = 72  # ended as a success, but no verified model
-    OCCUPIED = 73  # EX_CANTCREAT: another trainer owns this attempt, or the place cannot be written
-    DISK_FULL = 74  # EX_IOERR
-    PREEMPTED = 75  # EX_TEMPFAIL: told to stop, checkpoint saved, can go on
-    PERMISSION = 77  # EX_NOPERM
-    CONFIG = 78  # EX_CONFIG: the request
-    TIMEOUT = 124  # as timeout(1): over its maximum run time or budget
-    CANCELLED = 130  # as a shell says after Ctrl-C
-
-
-EXIT_REASONS: dict[int, FailureReason] = {
-    ExitCode.DATA: FailureReason.DATA,
-    ExitCode.NOT_FOUND: FailureReason.CONFIG,
-    ExitCode.UNAVAILABLE: FailureReason.INFRASTRUCTURE,
-    ExitCode.USER_CODE: FailureReason.USER_CODE,
-    ExitCode.OUT_OF_MEMORY: FailureReason.OUT_OF_MEMORY,
-    ExitCode.RESULT_MISSING: FailureReason.UNKNOWN,
-    ExitCode.OCCUPIED: FailureReason.CONFIG,
-    ExitCode.DISK_FULL: FailureReason.QUOTA,
-    ExitCode.PREEMPTED: FailureReason.PREEMPTED,
-    ExitCode.PERMISSION: FailureReason.PERMISSION,
-    ExitCode.CONFIG: FailureReason.CONFIG,
-    ExitCode.TIMEOUT: FailureReason.TIMEOUT,
-}
-
-
-class TrainyardError(Exception):
-    """An expected failure, told without a traceback: the cause, the next step, and the exit code of its class."""
-
-    def __init__(self, message: str, *, hint: str = "", code: ExitCode = ExitCode.UNEXPECTED) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-        self.code = code
-
-    def __str__(self) -> str:
-        return f"{self.message.rstrip('.')}. Next: {self.hint}" if self.hint else self.message
-
-
-class TrainerError(TrainyardError):
-    """An expected failure of the trainer's side of the contract: the data, the config, the machine it runs on."""
-
-    def __init__(self, message: str, *, hint: str = "", code: ExitCode = ExitCode.USER_CODE) -> None:
-        super().__init__(message, hint=hint, code=code)
+# --- How far it is ---------------------------------------------------------------------------------
 
 
 class Phase(StrEnum):
@@ -390,7 +315,6 @@ class AttemptLayout:
         return [AttemptLayout(self.folder.parent / str(n)) for n in sorted(numbers, reverse=True) if n < self.number]
 
 
-ENV_HOME = "TRAINYARD_HOME"  # where this machine keeps runs, caches and locks; default ~/trainyard
 ENV_LOCK_FD = "TRAINYARD_LOCK_FD"  # open descriptor of the attempt's lock, inherited by the fit
 ENV_SUPERVISOR_PID = "TRAINYARD_SUPERVISOR_PID"
 

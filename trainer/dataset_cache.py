@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from trainer.contract import ExitCode, TrainerError
+from trainer.errors import ExitCode, TrainerError
 from trainer.fetching import Fetched, Progress, fetch_version, read_header
 from trainer.files import write_atomic
 from trainer.locks import try_lock, wait_for_lock

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
-from trainer.contract import ExitCode, TrainerError
+from trainer.errors import ExitCode, TrainerError
 from trainer.fetch_index import FetchIndex, Part, Wanted, cut_parts
 from trainer.file_tree import FileTree, open_root, probe_names, remove_others, write_all
 from trainer.in_place import fetch_in_place, verify_in_place

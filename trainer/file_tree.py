@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from trainer.contract import ExitCode, TrainerError
+from trainer.errors import ExitCode, TrainerError
 from trainer.files import DISK_FULL, disk_full_error
 
 COPY_BYTES = 2**20

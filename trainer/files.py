@@ -7,13 +7,20 @@ import json
 import os
 import secrets
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
+ENV_HOME = "TRAINYARD_HOME"  # where this machine keeps runs, caches and locks; default ~/trainyard
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 MIB = 2**20
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
 
 
 def disk_full_error(path: Path, number: int, needed: int) -> OSError:
@@ -45,7 +52,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: BaseModel | dict[str, Any]) -> None:
-    text = value.model_dump_json(indent=1) if isinstance(value, BaseModel) else json.dumps(value, indent=1, allow_nan=False)
+    text = json.dumps(value, indent=1, allow_nan=False) if isinstance(value, dict) else value.model_dump_json(indent=1)
     write_atomic(path, text.encode() + b"\n")
 
 

@@ -22,15 +22,15 @@ import gzip
 import hashlib
 import heapq
 import io
-import json
 import re
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import groupby, islice
 from typing import IO, Any, NamedTuple
 
-from pydantic import Field, ValidationError
+import msgspec
 
-from trainer.contract import ExitCode, StoredRecord, TrainerError
+from trainer.errors import ExitCode, TrainerError
+from trainer.store_records import StoreRecord
 
 BLOCK = 512
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -40,6 +40,7 @@ MAX_LINE_BYTES = 4 * MAX_PATH_BYTES + 512
 MAX_HEADER_BYTES = 64 * 2**20  # a header names its packs, some 70 bytes each
 MAX_MANIFEST_BYTES = 512 * 2**20  # as stored, those below included; a million files are some 45 MiB
 MAX_NUMBER = 2**63
+LINES_AT_ONCE = 1024
 END = bytes(2 * BLOCK)
 READABLE_SCHEMA = 2  # 2: has files in place
 STAGE_AGAIN = "send it anew from its folder: trainyard dataset stage --again"
@@ -66,16 +67,20 @@ class StagedFile(NamedTuple):
     in_place: InPlace | None = None
 
 
-class ManifestHeader(StoredRecord):
-    """First line of a manifest. ``files`` and ``bytes`` are those of the whole version, its base included."""
+class ManifestHeader(StoreRecord, frozen=True, kw_only=True):
+    """First line of a manifest. ``files`` and ``bytes`` are those of the whole version, its base included.
+
+    ``base`` is the version that the lines are the difference to, ``depth`` how many manifests are to be read below this one.
+    Lines name packs, and the prefixes of files in place (URIs), by their number in ``packs`` and ``sources``.
+    """
 
     version: str
-    base: str | None = Field(default=None, description="The version that the lines are the difference to.")
-    depth: int = Field(default=0, description="Manifests to read below this one.")
+    base: str | None = None
+    depth: int = 0
     files: int
     bytes: int
-    packs: tuple[str, ...] = Field(description="Ids of the packs that the lines name by number.")
-    sources: tuple[str, ...] = Field(default=(), description="URIs of the prefixes that the lines of files in place name by number.")
+    packs: tuple[str, ...]
+    sources: tuple[str, ...] = ()
 
 
 def pack_key(pack: str) -> str:
@@ -180,18 +185,23 @@ def write_manifest(out: IO[bytes], header: ManifestHeader, files: Iterable[Stage
     numbers = {pack: number for number, pack in enumerate(header.packs)}
     sources = {source: number for number, source in enumerate(header.sources)}
     if sources:
-        header = header.model_copy(update={"schema_version": READABLE_SCHEMA})
+        header = msgspec.structs.replace(header, schema_version=READABLE_SCHEMA)
     # Without time and name, the same lines are the same bytes.
     with gzip.GzipFile(filename="", mode="wb", fileobj=out, compresslevel=1, mtime=0) as packed:
-        packed.write(header.model_dump_json().encode() + b"\n")
-        for file in files:
-            if isinstance(file, str):
-                line: list[Any] = [file]
-            elif place := file.in_place:
-                line = [file.path, file.sha256.hex(), file.size, -2 - sources[place.source], 0, place.key]
-            else:
-                line = [file.path, file.sha256.hex(), file.size, numbers[file.pack] if file.pack else -1, file.offset]
-            packed.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+        packed.write(msgspec.json.encode(header) + b"\n")
+        encoder = msgspec.json.Encoder()
+        lines = (_line(file, numbers, sources) for file in files)
+        while some := list(islice(lines, LINES_AT_ONCE)):
+            packed.write(encoder.encode_lines(some))
+
+
+def _line(file: StagedFile | str, packs: dict[str, int], sources: dict[str, int]) -> tuple[Any, ...]:
+    if isinstance(file, str):
+        return (file,)
+    path, sha256, size, pack, offset, place = file
+    if place:
+        return path, sha256.hex(), size, -2 - sources[place.source], 0, place.key
+    return path, sha256.hex(), size, packs[pack] if pack else -1, offset
 
 
 def open_manifest(data: bytes | IO[bytes], version: str) -> tuple[ManifestHeader, Iterator[StagedFile | str]]:
@@ -201,8 +211,8 @@ def open_manifest(data: bytes | IO[bytes], version: str) -> tuple[ManifestHeader
     """
     stream = gzip.GzipFile(fileobj=io.BytesIO(data) if isinstance(data, bytes) else data)
     try:
-        header = ManifestHeader.model_validate_json(_read_line(stream, MAX_HEADER_BYTES))
-    except (OSError, EOFError, ValueError, ValidationError) as exc:
+        header = ManifestHeader.from_json(_read_line(stream, MAX_HEADER_BYTES))
+    except (OSError, EOFError, ValueError) as exc:
         raise _damaged(version, str(exc)) from exc
     if not all(SHA256.fullmatch(name) for name in (*header.packs, header.base or version)):
         raise _damaged(version, "it names a pack or base by what is no sha256")
@@ -219,9 +229,10 @@ def open_manifest(data: bytes | IO[bytes], version: str) -> tuple[ManifestHeader
 
 def _read_files(stream: gzip.GzipFile, header: ManifestHeader) -> Iterator[StagedFile | str]:
     last = ""
+    decode = msgspec.json.Decoder().decode
     try:
         while line := _read_line(stream, MAX_LINE_BYTES):
-            fields = json.loads(line)
+            fields = decode(line)
             path = check_path(fields[0])
             if path <= last:
                 raise ValueError(f"{path[:200]!r} is out of order")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Self, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
+
+from trainer.errors import unknown_name_message
 
 # The context of a validation of data that some version of Trainyard stored, and no person typed.
 STORED: dict[str, Any] = {"stored": True}
@@ -43,9 +44,3 @@ class StoredRecord(BaseModel):
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, *, context: Any = None, **options: Any) -> Self:
         return super().model_validate_json(json_data, context=STORED if context is None else context, **options)
-
-
-def unknown_name_message(kind: str, name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-    return f"unknown {kind} {name!r}; {advice}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 from urllib.parse import unquote, urlsplit
 
-from trainer.contract import ExitCode, TrainerError
+from trainer.errors import ExitCode, TrainerError
 from trainer.files import DISK_FULL, disk_full_error
 from trainer.store_access import StoreAccess, current_access, store_options
 from trainer.store_errors import explain
@@ -135,7 +135,8 @@ def told_plainly(uri: str) -> Iterator[None]:
             hint = "free some space, or choose another folder"
             raise TrainerError(f"{uri}: the disk is full", hint=hint, code=ExitCode.DISK_FULL) from exc
         # Not from it: its text has the addresses of requests, and such an address may hold a signature.
-        raise explain(uri, str(exc)) from None
+        denied = isinstance(exc, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError))
+        raise explain(uri, str(exc), denied=denied) from None
 
 
 @contextlib.contextmanager

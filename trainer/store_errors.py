@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from trainer.contract import ExitCode, TrainerError
+from trainer.errors import ExitCode, TrainerError
 
 CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; profiles (aws configure, aws sso login) need boto3: uv sync --extra aws",
@@ -58,8 +58,11 @@ KNOWN = (
 )
 
 
-def explain(uri: str, text: str) -> TrainerError:
-    """The error to tell. The text has two paragraphs: the first is for people, with the cause at its end; the second repeats it."""
+def explain(uri: str, text: str, *, denied: bool = False) -> TrainerError:
+    """The error to tell. The text has two paragraphs: the first is for people, with the cause at its end; the second repeats it.
+
+    `denied` is what the error's type says, where its text says nothing that is known.
+    """
     said = " ".join(text.split("\n\n", maxsplit=1)[0].split())
     scheme = urlsplit(uri).scheme
     credentials = CREDENTIALS.get(scheme, "check the credentials in the environment")
@@ -71,6 +74,9 @@ def explain(uri: str, text: str) -> TrainerError:
     if "error sending request" in said and (asked := re.search(r"Error performing \w+ (https?://[^/ ?]+)", said)):
         hint = f"check the network and {endpoint}, and try again; what has arrived is kept"
         return TrainerError(f"{uri}: no answer from {asked[1]}", hint=hint, code=ExitCode.UNAVAILABLE)
+    if denied:
+        hint = f"{credentials}; they must allow to list, read and write there"
+        return TrainerError(f"{uri}: access denied", hint=hint, code=ExitCode.PERMISSION)
     hint = "check the network, the endpoint and the credentials"
     return TrainerError(f"{uri}: {_cause(said)}", hint=hint, code=ExitCode.UNAVAILABLE)
 

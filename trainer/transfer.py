@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
-from trainer.contract import ExitCode, ManifestFile, TrainerError
+from trainer.contract import ManifestFile
+from trainer.errors import ExitCode, TrainerError
 from trainer.fetching import Progress
 from trainer.locks import wait_for_lock
 from trainer.packs import check_path

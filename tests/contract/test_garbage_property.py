@@ -14,8 +14,7 @@ from typing import Any
 
 import obstore
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from blocks.garbage import Policy, collect, open_marker, pin_version, unpin_version

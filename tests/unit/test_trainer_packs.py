@@ -7,9 +7,9 @@ import json
 import tarfile
 from typing import Any
 
+import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from trainer.contract import TrainerError
 from trainer.packs import (
@@ -46,7 +46,7 @@ def header(**values: Any) -> ManifestHeader:
 
 def manifest(lines: list[Any], **values: Any) -> bytes:
     """A manifest as an attacker writes it, who is not bound to our writer."""
-    return gzip.compress("\n".join([header(**values).model_dump_json(), *map(json.dumps, lines), ""]).encode())
+    return gzip.compress("\n".join([msgspec.json.encode(header(**values)).decode(), *map(json.dumps, lines), ""]).encode())
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 8192])

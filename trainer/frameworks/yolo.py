@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoint import Checkpoint, adopt_checkpoint, find_best
 from trainer.contract import AttemptLayout, ExitCode, TrainerError
-from trainer.frameworks import Box, Evaluation, FitContext
-from trainer.frameworks import yolo_model as models
-from trainer.frameworks import yolo_resume as resuming
+from trainer.frameworks import Box, Evaluation, FitContext, yolo_model as models, yolo_resume as resuming
 from trainer.frameworks.yolo_arguments import build_arguments, choose_amp, choose_device
 from trainer.frameworks.yolo_callbacks import TrainingCallbacks, rename_metrics
 from trainer.frameworks.yolo_weights import adopt_weights, restrict_loading
