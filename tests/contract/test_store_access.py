@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from obstore.store import S3Store
 
 from tests.faults import FaultProxy, running_proxy
 from tests.stores import StoreServer
 from trainer.contract import ExitCode, TrainerError
-from trainer.storage import ObjectFolder
+from trainer.storage import ObjectFolder, open_store
 from trainer.store_access import StoreAccess, access_to
 
 
@@ -49,6 +50,25 @@ def test_the_nearest_credentials_sign(s3: StoreServer, monkeypatch: pytest.Monke
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDENVIRONMENT")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "made-up")
         assert signed_by() == {"AKIDENVIRONMENT"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "unsigned"),
+    [
+        ({}, True),
+        ({"AWS_ENDPOINT_URL": "https://minio.example.com"}, True),
+        ({"AWS_ENDPOINT_URL": "http://minio.example.com"}, False),
+        ({"AWS_UNSIGNED_PAYLOAD": "false"}, False),
+    ],
+)
+def test_bodies_are_signed_where_nothing_else_proves_them(
+    environment: dict[str, str], unsigned: bool, no_cloud: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    store = open_store("s3://bucket/prefix")
+    assert isinstance(store, S3Store)
+    assert str(store.config.get("unsigned_payload", "false")).lower() == str(unsigned).lower()
 
 
 @pytest.mark.usefixtures("profiles")
