@@ -104,9 +104,11 @@ class TrainRequest(UserInput):
     cost_centre: str | None = form_field("Cost centre", "Label in reports and on the provider's bill.", default=None, max_length=63)
 
     @model_validator(mode="after")
-    def _labels_belong_to_a_bucket(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.labels is not None and ("://" not in self.dataset or "#" in self.dataset):
             raise ValueError("labels are for images in a bucket: the dataset is then a URI such as s3://bucket/images")
+        if "://" in self.dataset and self.dataset.endswith("#"):
+            raise ValueError("the name of the staged dataset is missing behind the #")
         return self
 
 

@@ -149,6 +149,11 @@ def list_refs(store: ObjectStore, uri: str) -> dict[str, Ref]:
     return {name: ref for name, ref in found.items() if ref is not None}
 
 
+def newest_refs(store: ObjectStore, uri: str) -> list[Ref]:
+    """Of all datasets, the one that was moved last first."""
+    return sorted(list_refs(store, uri).values(), key=lambda ref: ref.updated_at, reverse=True)
+
+
 def resolve_version(store: ObjectStore, uri: str, wanted: str) -> str:
     """The version that a dataset's name, a version or the beginning of one means.
 

@@ -23,7 +23,8 @@ from blocks.listing import add_objects, check_places
 from blocks.reading import read_file
 from blocks.refs import Ref, move_ref, read_ref, ref_key
 from blocks.scanning import Scan
-from blocks.staging import MAX_DEPTH, MAX_SHARE, Staged, list_objects, put_file, put_object, stage_folder
+from blocks.sending import list_objects, put_file, put_object
+from blocks.staging import MAX_DEPTH, MAX_SHARE, Staged, stage_folder
 from trainer.contract import ExitCode, TrainerError
 from trainer.fetching import read_version
 from trainer.packs import ManifestHeader, StagedFile, file_key, manifest_key, write_manifest

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from trainer.errors import ExitCode, TrainerError
 from trainer.packs import MAX_NAME_BYTES, check_path
+from trainer.storage import to_path
 
 IGNORE_FILE = ".trainyardignore"
 # Version control, caches, environments, and what desktops leave behind.
@@ -41,6 +43,7 @@ class Scan:
 
     root: Path
     only: Sequence[str] | None = None  # these paths, sorted, and no others
+    store: str | None = None  # the folder of the store itself, where it lies within
     left_out: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
 
     def files(self) -> Iterator[tuple[str, Stat]]:
@@ -84,7 +87,9 @@ class Scan:
             path = prefix + name
             if bare in EXCLUDED or name.endswith(EXCLUDED_SUFFIXES) or (self._ignored and self._ignored(path)):
                 continue
-            if name.endswith("/"):
+            if path == self.store:
+                self._leave_out("the store itself", path)
+            elif name.endswith("/"):
                 yield from self._below(f"{folder}/{bare}", path)
             elif found := self._look(f"{folder}/{name}", path):
                 yield path, found
@@ -122,3 +127,16 @@ def _read_ignored(root: Path) -> Callable[[str], bool] | None:
     from pathspec import GitIgnoreSpec
 
     return GitIgnoreSpec.from_lines(lines).match_file
+
+
+def place_within(store_uri: str, root: Path) -> str | None:
+    """The store's folder as a path of a scan of `root`, with a slash at its end; None where it lies elsewhere.
+
+    Raises TrainerError (CONFIG) where the folder is the store.
+    """
+    if urlsplit(store_uri).scheme != "file":
+        return None
+    place, real = Path(os.path.realpath(to_path(store_uri))), Path(os.path.realpath(root))
+    if place == real:
+        raise TrainerError(f"{root} is the store itself", hint="give another folder as --store", code=ExitCode.CONFIG)
+    return f"{place.relative_to(real).as_posix()}/" if place.is_relative_to(real) else None

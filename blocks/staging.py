@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Literal
 
 from blocks.concurrency import AdaptivePool
 from blocks.leases import Lease, check_generation, settled_generation, until_uncollected
-from blocks.reading import MEMORY_BYTES, Read, changed_error, read_files
-from blocks.refs import Ref, move_ref, read_ref
-from blocks.scanning import Scan, Stat, stat_of
+from blocks.reading import MEMORY_BYTES, Read, read_files
+from blocks.refs import Ref, move_ref, newest_refs, read_ref
+from blocks.scanning import Scan, Stat, place_within
+from blocks.sending import PART_BYTES, PARTS_AT_ONCE, list_objects, put_file, put_object
 from blocks.stat_cache import StatCache
 from trainer.errors import ExitCode, TrainerError
 from trainer.fetching import read_version
@@ -39,10 +40,10 @@ from trainer.packs import (
     tar_header,
     write_manifest,
 )
-from trainer.storage import folders_told_plainly, list_paths, open_store, to_uri, told_plainly
+from trainer.storage import folders_told_plainly, open_store, to_uri, told_plainly
 
 if TYPE_CHECKING:
-    from obstore.store import ObjectStore
+    pass
 
 PACK_BYTES = 16 * 2**20
 # Larger files are objects of their own. Measured on loopback, 150 MB of files, medians of 4, packed against on their own, CPU seconds of
@@ -60,10 +61,8 @@ TAKE_BYTES = 4 * 2**20
 SENDERS = 32  # at most
 FIRST_SENDERS = 4
 FLYING_BYTES = 96 * 2**20  # handed to the senders and not yet in the store
-PART_BYTES = 8 * 2**20  # a file too large to hold is sent in parts
-PARTS_AT_ONCE = 4
-MOST_PARTS = 10_000  # of S3
 MAX_DEPTH = 8  # manifests that say only what differs, before one says all again
+OTHER_NAMES = 16  # datasets of the store that a new one is compared with, those staged last first
 MAX_SHARE = 0.25  # of the files; where more differs, the manifest says all again
 
 
@@ -125,6 +124,7 @@ def stage_folder(
     started = time.monotonic()
     root, store_uri = root.absolute(), to_uri(store_uri)
     name = name or root.name or "dataset"
+    inner = place_within(store_uri, root)
     cache = StatCache(root, store_uri, name)
     counts = Counts()
 
@@ -132,7 +132,7 @@ def stage_folder(
         stager = _Stager(root, store_uri, name, cache, on_progress)
         stager.counts = counts
         with stager.lease:
-            return stager.run(Scan(root, only), again=again)
+            return stager.run(Scan(root, only, inner), again=again)
 
     try:
         with told_plainly(store_uri), folders_told_plainly():
@@ -181,10 +181,12 @@ class _Stager:
         if again:
             self.cache.forget_placed()
             return ""
-        if ref is not None:
+        # A new name may well be of files that the store has under another.
+        for known in [ref] if ref is not None else newest_refs(self.store, self.uri)[:OTHER_NAMES]:
             with suppress(TrainerError), self.cache.writer:  # gone or damaged: it says nothing, and is written anew
                 self.cache.writer.execute("BEGIN")
-                self.cache.add_placed((file.sha256, file.pack, file.offset) for file in read_version(self.store, ref.version)[1])
+                files = read_version(self.store, known.version)[1]
+                self.cache.add_placed((file.sha256, file.pack, file.offset) for file in files if not file.in_place)
         self.cache.keep_placed(list_objects(self.store))
         return ""
 
@@ -356,33 +358,3 @@ def batches(changes: Iterable[tuple[str, Stat | None]]) -> Iterator[tuple[list[s
             batch, total = [], 0
     if batch:
         yield batch, total
-
-
-def put_object(store: ObjectStore, key: str, content: bytes | bytearray) -> None:
-    """Immutable content under its own name: to write it twice changes nothing, so a retry is safe."""
-    import obstore
-
-    obstore.put(store, key, content, use_multipart=False)
-
-
-def put_file(store: ObjectStore, key: str, path: Path, found: Stat) -> None:
-    """Sends a file too large to hold, which was `found` so when it was hashed. What changed since is not kept under that hash."""
-    import obstore
-    from obstore.exceptions import BaseError
-
-    chunk_size = max(PART_BYTES, -(-found.size // MOST_PARTS))
-    try:
-        obstore.put(store, key, path, chunk_size=chunk_size, max_concurrency=PARTS_AT_ONCE)
-    except (BaseError, FileNotFoundError) as exc:
-        # obstore repeats the end of an upload in parts where the answer is lost, and the store knows those parts no more.
-        if not any(code in str(exc) for code in ("InvalidBlockList", "NoSuchUpload")):
-            raise
-        obstore.put(store, key, path, chunk_size=chunk_size, max_concurrency=PARTS_AT_ONCE)
-    if stat_of(path.stat()) != found:
-        obstore.delete(store, key)
-        raise changed_error(str(path))
-
-
-def list_objects(store: ObjectStore) -> set[str]:
-    """Names of all packs and large files of the store."""
-    return {path.rsplit("/", 1)[-1].removesuffix(".tar") for prefix in ("packs", "files") for path in list_paths(store, prefix)}

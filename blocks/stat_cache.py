@@ -48,7 +48,9 @@ class StatCache:
         path = folder / f"{key}.sqlite"
         try:
             self._open(path)
-        except sqlite3.DatabaseError:  # damaged: it is only a cache
+        except sqlite3.DatabaseError as exc:  # damaged: it is only a cache
+            if exc.sqlite_errorname in ("SQLITE_FULL", "SQLITE_READONLY", "SQLITE_CANTOPEN"):
+                raise
             for suffix in ("", "-wal", "-shm"):
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
             self._open(path)

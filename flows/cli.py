@@ -79,9 +79,30 @@ def tell(exc: Exception) -> int:
     """Prints an expected failure and returns its exit code; a defect is raised again, with its traceback."""
     from trainer.errors import TrainyardError
 
+    exc = explain_machine(exc)
     if not isinstance(exc, TrainyardError):
         raise exc
     click.secho(f"error: {exc.message}", fg="red", err=True, color=use_colour())
     if exc.hint:
         click.echo(f"next:  {exc.hint}", err=True)
     return int(exc.code)
+
+
+def explain_machine(exc: Exception) -> Exception:
+    """A full disk, or a place that cannot be written, as an expected failure wherever it showed; anything else as it is."""
+    import sqlite3
+
+    from trainer.errors import ExitCode, TrainyardError
+    from trainer.files import DISK_FULL, READ_ONLY
+
+    sqlite_name = getattr(exc, "sqlite_errorname", "") if isinstance(exc, sqlite3.Error) else ""
+    number = exc.errno if isinstance(exc, OSError) else None
+    place = f" at {exc.filename}" if isinstance(exc, OSError) and exc.filename else ""
+    if number in DISK_FULL or sqlite_name == "SQLITE_FULL":
+        hint = "free some space, or set TRAINYARD_HOME to a folder on another disk"
+        return TrainyardError(f"the disk is full{place}", hint=hint, code=ExitCode.DISK_FULL)
+    if number in READ_ONLY or sqlite_name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN")):
+        hint = "mend its permissions, or set TRAINYARD_HOME to a folder that can be written"
+        why = exc.strerror if isinstance(exc, OSError) else str(exc)
+        return TrainyardError(f"no access{place}: {why}", hint=hint, code=ExitCode.OCCUPIED)
+    return exc

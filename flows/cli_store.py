@@ -17,10 +17,18 @@ from flows.staging_text import describe_counts, describe_staged, format_bytes, f
 if TYPE_CHECKING:
     from blocks.staging import Counts
 
+
+def _not_empty(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not value.strip():
+        raise click.BadParameter("it is empty; give s3://bucket/prefix, az://container/prefix, or a folder")
+    return value
+
+
 STORE = click.option(
     "--store",
     "store_uri",
     required=True,
+    callback=_not_empty,
     envvar="TRAINYARD_STORE",
     help="s3://bucket/prefix, az://..., gs://..., or a folder. [$TRAINYARD_STORE]",
 )

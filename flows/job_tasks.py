@@ -138,7 +138,7 @@ def _stage(
     if index is not None:
         teller = StagingReporter(record, logger, listener, total=sum(file.bytes for file in (*index.images, *index.label_files)))
         ref, staged = stage_index(index, store, index_uri, teller.on_counts)
-        logger.info("staged to %s: %s", store.uri, describe_staged(staged))
+        teller.end(f"staged to {store.uri}: {describe_staged(staged)}")
     elif split_staged(request.dataset):
         ref = find_staged(request.dataset, store.endpoint, index_uri, check)
         logger.info("trains on version %s of %s, %d files", ref.version[:12], request.dataset, ref.image_count)

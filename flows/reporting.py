@@ -144,6 +144,10 @@ class StagingReporter:
         self.total = total
         self.started = self.told_at = self.logged_at = time.monotonic()
 
+    def end(self, line: str) -> None:
+        self.logger.info(line)
+        self.listener(self.record, JobStatus(state=JobState.STARTING, native_state="staged", message=line))
+
     def on_counts(self, counts: Counts) -> None:
         now = time.monotonic()
         if now - self.told_at < STAGING_TELL_SECONDS:

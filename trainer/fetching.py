@@ -327,7 +327,7 @@ class _Fetch:
     def _kept(self, tree: FileTree, file: Wanted) -> int:
         """Bytes to go on from. What cannot be the beginning of the file is removed."""
         size = tree.size(file.path)
-        if size is None or size >= file.size:
+        if not size or size >= file.size:  # an empty one is no beginning
             tree.remove(file.path)
             return 0
         return size

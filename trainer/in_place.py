@@ -145,7 +145,7 @@ def _told(file: StagedFile) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError as exc:
-            hint = f"put it back, or register what is there now: trainyard dataset register {file.in_place.source}"
+            hint = "put it back, or register what is there now as before, with the same --labels and --name"
             raise TrainerError(f"{place}, which the dataset uses in place, is gone", hint=hint, code=ExitCode.DATA) from exc
 
 
@@ -153,6 +153,6 @@ def _changed(file: StagedFile) -> TrainerError:
     assert file.in_place is not None
     return TrainerError(
         f"{file.in_place.source}/{file.in_place.key} has changed since it was registered",
-        hint=f"register what is there now, as a new version: trainyard dataset register {file.in_place.source}",
+        hint="register it again as before, with the same --labels and --name: that makes a new version",
         code=ExitCode.DATA,
     )

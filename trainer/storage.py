@@ -259,7 +259,7 @@ class ObjectFolder:
                 raise
             raise TrainerError(
                 f"cannot write to {to_path(self.uri)}: {exc.strerror}",
-                hint="choose another output folder with --output, or mend its permissions",
+                hint="choose another folder, or mend its permissions",
                 code=ExitCode.OCCUPIED,
             ) from exc
 

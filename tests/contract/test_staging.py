@@ -209,3 +209,14 @@ def test_names_and_versions_are_found(store_uri: str, source: Path) -> None:
 def test_an_unwritable_name_is_refused(store_uri: str, source: Path) -> None:
     with pytest.raises(TrainerError, match="no name of a dataset"):
         stage_folder(source, store_uri, "../x")
+
+
+def test_another_name_for_what_the_store_has_sends_no_content(store_uri: str, source: Path, tmp_path: Path) -> None:
+    first = stage_folder(source, store_uri, "one")
+    shutil.rmtree(tmp_path / "home/staging")
+    before = objects(store_uri)
+    touch_old(source / "d0-1", b"changed")
+    second = stage_folder(source, store_uri, "two")
+    assert second.sent_bytes < 50_000 < first.sent_bytes, "the changed file and a manifest"
+    assert len([key for key in objects(store_uri) - before if key.startswith(("packs/", "files/"))]) == 1
+    assert verify_version(store_uri, second.version).files == second.files

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
 from blocks.reading import Read
-from blocks.scanning import Stat
-from blocks.staging import TAKE_BYTES, take_read
+from blocks.scanning import Stat, stat_of
+from blocks.sending import put_file
+from blocks.staging import TAKE_BYTES, stage_folder, take_read
+from trainer.errors import TrainerError
+from trainer.storage import open_store
 
 
 def done(*paths: str) -> Future[list[Read]]:
@@ -43,3 +47,26 @@ def test_what_failed_is_raised_where_it_is_taken() -> None:
     ahead: deque[tuple[Future[list[Read]] | str, int]] = deque([(failed, 1)])
     with pytest.raises(OSError, match="broken"):
         take_read(ahead)
+
+
+def test_a_store_within_the_folder_is_left_out_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/a.jpg").write_bytes(b"image")
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    first = stage_folder(tmp_path / "set", str(tmp_path / "link/our store"))
+    again = stage_folder(tmp_path / "set", str(tmp_path / "set/our store"))
+    assert (first.files, again.files, again.version) == (1, 1, first.version)
+    assert again.left_out["the store itself"][0] == 1
+    with pytest.raises(TrainerError, match="is the store itself"):
+        stage_folder(tmp_path / "set", str(tmp_path / "link"))
+
+
+def test_a_large_file_that_goes_away_meanwhile_has_changed(tmp_path: Path) -> None:
+    file = tmp_path / "large.bin"
+    file.write_bytes(b"x" * 100)
+    found = stat_of(file.stat())
+    store = open_store((tmp_path / "store").as_uri())
+    file.unlink()
+    with pytest.raises(TrainerError, match="changed while it was staged"):
+        put_file(store, "files/ab/cd", file, found)

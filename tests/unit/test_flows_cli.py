@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from click.testing import CliRunner, Result
 from blocks.attempts import cancel_run
 from blocks.job import JobState
 from blocks.record import Outcome, RunRecord, known_outputs, remember_output
-from flows.cli import COMMANDS, app
+from flows.cli import COMMANDS, app, tell
 from flows.cli_completion import output_folders
 from tests.unit.test_blocks_pruning import make_run
 from tests.unit.test_blocks_record import run_file
@@ -233,3 +235,37 @@ def test_completion_looks_where_the_record_lies(tmp_path: Path) -> None:
 def test_every_shell_gets_its_script(shell: str) -> None:
     assert "_TRAINYARD_COMPLETE" in call("completion", shell).output
     assert call("completion", "csh").exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/full/x"), ExitCode.DISK_FULL, "the disk is full at /full/x"),
+        (OSError(errno.EROFS, "Read-only file system", "/ro/x"), ExitCode.OCCUPIED, "no access at /ro/x: Read-only"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), ExitCode.OCCUPIED, "no access at /x"),
+    ],
+)
+def test_a_machine_that_cannot_be_written_to_is_told_without_a_traceback(
+    failure: OSError, code: ExitCode, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tell(failure) == code
+    told = capsys.readouterr().err
+    assert says in told
+    assert "TRAINYARD_HOME" in told
+    with pytest.raises(ZeroDivisionError):
+        tell(ZeroDivisionError("a defect"))
+
+
+def test_a_full_disk_under_sqlite_is_a_full_disk() -> None:
+    connection = sqlite3.connect(":memory:")
+    connection.execute("PRAGMA max_page_count=1")
+    with pytest.raises(sqlite3.OperationalError) as full:
+        connection.execute("CREATE TABLE t (x)")
+    connection.close()
+    assert tell(full.value) == ExitCode.DISK_FULL
+
+
+def test_an_empty_store_is_not_the_current_folder() -> None:
+    done = CliRunner().invoke(app, ["dataset", "list", "--store", ""])
+    assert done.exit_code == ExitCode.USAGE
+    assert "it is empty" in done.output

@@ -79,7 +79,7 @@ def test_a_large_file_goes_on_from_the_bytes_that_are_there(store: Path, tmp_pat
     assert read_tree(tmp_path / "copy") == {**SMALL, "large": LARGE}
 
 
-@pytest.mark.parametrize("there", [b"something else", LARGE + b"longer", b"\0" * len(LARGE)])
+@pytest.mark.parametrize("there", [b"", b"something else", LARGE + b"longer", b"\0" * len(LARGE)])
 def test_a_large_file_that_is_not_the_beginning_is_fetched_anew(store: Path, tmp_path: Path, there: bytes) -> None:
     version = write_store(store, SMALL, {"large": LARGE})
     write(partial(tmp_path / "copy", version) / "large", there)
