@@ -139,6 +139,7 @@ def list_command(store_uri: str, as_json: bool) -> None:
     from blocks.refs import list_refs
     from trainer.storage import open_store, told_plainly
 
+    require_store(store_uri)
     with told_plainly(store_uri):
         refs = list_refs(open_store(store_uri), store_uri)
     if as_json:
@@ -204,9 +205,22 @@ def show(version: str, store_uri: str, as_json: bool) -> None:
     )
 
 
+def require_store(store_uri: str) -> None:
+    """Who only looks makes no folder. Raises TrainerError (NOT_FOUND) for a folder that is not there; a bucket answers for itself."""
+    from trainer.errors import ExitCode, TrainerError
+    from trainer.storage import to_path
+
+    if "://" in store_uri and not store_uri.startswith("file://"):
+        return
+    folder = to_path(store_uri).expanduser()
+    if not folder.is_dir():
+        raise TrainerError(f"there is no store at {folder}", hint="check --store; `dataset stage` makes one", code=ExitCode.NOT_FOUND)
+
+
 def _resolve(store_uri: str, version: str) -> str:
     from blocks.refs import resolve_version
     from trainer.storage import open_store, told_plainly
 
+    require_store(store_uri)
     with told_plainly(store_uri):
         return resolve_version(open_store(store_uri), store_uri, version)

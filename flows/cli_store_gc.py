@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.cli_clean import Age, is_wanted
-from flows.cli_store import AS_JSON, STORE, format_bytes
+from flows.cli_store import AS_JSON, STORE, format_bytes, require_store
 
 if TYPE_CHECKING:
     from blocks.garbage import CollectionPlan
@@ -25,6 +25,7 @@ def rm(name: str, store_uri: str, yes: bool) -> None:
     from blocks.refs import delete_ref, read_ref
     from trainer.storage import open_store, told_plainly
 
+    require_store(store_uri)
     with told_plainly(store_uri):
         store = open_store(store_uri)
         ref, _ = read_ref(store, store_uri, name)
@@ -35,7 +36,9 @@ def rm(name: str, store_uri: str, yes: bool) -> None:
     if ref is None or is_wanted("remove this dataset from the store?", yes=yes):
         with told_plainly(store_uri):
             delete_ref(store, store_uri, name)
-        click.echo(f"removed {name}; `trainyard dataset gc --store {store_uri}` frees its space")
+            labels = read_ref(store, store_uri, f"{name}.labels")[0]
+        rest = f" ({name}.labels, which were staged with it, stay: `rm` them, too)" if labels else ""
+        click.echo(f"removed {name}{rest}; `trainyard dataset gc --store {store_uri}` frees its space")
 
 
 @click.command(name="gc")
@@ -54,6 +57,7 @@ def gc_command(store_uri: str, grace: timedelta, keep_previous: int, keep_previo
     from trainer.storage import told_plainly
 
     policy = Policy(grace=grace, keep_previous=keep_previous, previous_for=keep_previous_for)
+    require_store(store_uri)
     runs = versions_of_open_runs()
     with told_plainly(store_uri):
         marker = open_marker(store_uri)

@@ -145,7 +145,7 @@ def _told(file: StagedFile) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError as exc:
-            hint = "put it back, or register what is there now as before, with the same --labels and --name"
+            hint = "put it back, or register it again as before, with the same --labels and --name"
             raise TrainerError(f"{place}, which the dataset uses in place, is gone", hint=hint, code=ExitCode.DATA) from exc
 
 

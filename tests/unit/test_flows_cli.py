@@ -21,7 +21,7 @@ from flows.cli import COMMANDS, app, tell
 from flows.cli_completion import output_folders
 from tests.unit.test_blocks_pruning import make_run
 from tests.unit.test_blocks_record import run_file
-from trainer.contract import ExitCode
+from trainer.contract import ExitCode, TrainerError
 
 BIN = Path(sys.executable).parent
 DONE = Outcome(state=JobState.SUCCEEDED)
@@ -269,3 +269,11 @@ def test_an_empty_store_is_not_the_current_folder() -> None:
     done = CliRunner().invoke(app, ["dataset", "list", "--store", ""])
     assert done.exit_code == ExitCode.USAGE
     assert "it is empty" in done.output
+
+
+@pytest.mark.parametrize("command", [["list"], ["show", "x"], ["fetch", "x", "--to", "copy"], ["verify", "x"], ["rm", "x"], ["gc"]])
+def test_who_only_looks_at_a_store_makes_none(command: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["dataset", *command, "--store", str(tmp_path / "typo")])
+    assert isinstance(done.exception, TrainerError)
+    assert "there is no store at" in done.exception.message
+    assert not (tmp_path / "typo").exists()
