@@ -21,6 +21,7 @@ from tests.faults import running_proxy
 from tests.stack import REPOSITORY, Stack
 from tests.stores import StoreServer, no_cloud, s3
 from trainer.contract import ExitCode
+from trainer.shapes import write_shapes
 
 __all__ = ["no_cloud", "s3"]
 
@@ -130,9 +131,10 @@ profile.save("with-store", overwrite=True)
 """
 
 
-def test_a_profile_names_store_address_and_credentials(stack: Stack, shapes: Path, s3: StoreServer) -> None:
+def test_a_profile_names_store_address_and_credentials(stack: Stack, tmp_path: Path, s3: StoreServer) -> None:
     """The saved credentials stage; the training uses the machine's own, here those of the environment. The secret is nowhere."""
     store = f"{s3.make_bucket()}/trainyard"
+    shapes = write_shapes(tmp_path / "others", train=8, val=4, test=4, size=64, seed=7)  # which this machine's cache does not have
     with running_proxy(s3.address) as proxy:
         command = [sys.executable, "-c", SAVE_PROFILE, store, proxy.address]
         subprocess.run(command, env=stack.environment, cwd=REPOSITORY, check=True, timeout=120)
