@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -126,6 +127,12 @@ def _read_ignored(root: Path) -> Callable[[str], bool] | None:
         raise TrainerError(f"{root / IGNORE_FILE} is not UTF-8 text", hint="mend the file", code=ExitCode.DATA) from exc
     from pathspec import GitIgnoreSpec
 
+    for number, line in enumerate(lines, 1):
+        try:
+            GitIgnoreSpec.from_lines([line])
+        except (ValueError, re.error) as exc:
+            message = f"{root / IGNORE_FILE}, line {number}: {line[:80]!r} is no pattern"
+            raise TrainerError(message, hint="mend that line; the rules are those of .gitignore", code=ExitCode.DATA) from exc
     return GitIgnoreSpec.from_lines(lines).match_file
 
 

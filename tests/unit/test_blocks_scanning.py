@@ -68,3 +68,12 @@ def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match="not a folder"):
         paths(tmp_path / "none")
+
+
+@pytest.mark.parametrize("pattern", ["!", "a\\", "[z-a]"])
+def test_a_line_that_is_no_pattern_is_named(tmp_path: Path, pattern: str) -> None:
+    write(tmp_path, "a.jpg")
+    (tmp_path / ".trainyardignore").write_text(f"*.log\n{pattern}\n")
+    with pytest.raises(TrainerError, match=r"line 2: .* is no pattern") as refused:
+        paths(tmp_path)
+    assert refused.value.code == ExitCode.DATA
