@@ -119,9 +119,12 @@ def stage_dataset(
     listener: Callable[[RunRecord, JobStatus], None],
 ) -> DatasetRef:
     """The version in a store that the run trains on: found there, or brought there. Nothing that the store has travels again."""
-    uri = choose_store(request, profile.store)
+    staged = split_staged(request.dataset)
+    uri = staged[0] if staged else choose_store(request, profile.store)
     access = profile.store_access(uri)
-    with access_to(access):
+    # Images may lie in a bucket, and what is registered of them in a folder.
+    source = profile.store_access(request.dataset) if is_uri(request.dataset) else None
+    with access_to(source), access_to(access):
         return _stage(StoreChoice(uri, access.endpoint if access else None), request, record, index, listener)
 
 
@@ -152,14 +155,14 @@ def _stage(
 
 def release_dataset(profile: LocalProfile, record: RunRecord) -> None:
     """The run is over, and does not need its version any more. Where the store does not answer, the pin ends by itself."""
-    ref = record.dataset_ref()
-    if ref.store_uri is None:
-        return
     try:
+        ref = record.dataset_ref()
+        if ref.store_uri is None:
+            return
         with access_to(profile.store_access(ref.store_uri)):
             unpin(ref, record.run_id)
     except TrainyardError as exc:
-        get_run_logger().warning("the pin of dataset version %s stays until it expires: %s", ref.version[:12], exc)
+        get_run_logger().warning("the pin of the run's dataset version stays until it expires: %s", exc)
 
 
 @task(name="open run", task_run_name="open run {record.run_id}", **RETRIES)
