@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISLNK, S_ISREG
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -73,44 +73,48 @@ class Scan:
         return found
 
     def _below(self, folder: str, prefix: str) -> Iterator[tuple[str, Stat]]:
-        names: list[str] = []
         try:
-            with os.scandir(folder) as entries:
-                # The slash sorts a folder where the paths of its files belong.
-                names.extend(entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name for entry in entries)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except PermissionError as exc:
             raise TrainerError(f"cannot read the folder {folder}", hint="mend its permissions", code=ExitCode.PERMISSION) from exc
-        if ENVIRONMENT in names:
-            return
-        names.sort()
-        for name in names:
-            bare = name.removesuffix("/")
-            path = prefix + name
-            if bare in EXCLUDED or name.endswith(EXCLUDED_SUFFIXES) or (self._ignored and self._ignored(path)):
-                continue
-            if path == self.store:
-                self._leave_out("the store itself", path)
-            elif name.endswith("/"):
-                yield from self._below(f"{folder}/{bare}", path)
-            elif found := self._look(f"{folder}/{name}", path):
-                yield path, found
+        try:
+            with os.scandir(descriptor) as entries:
+                # The slash sorts a folder where the paths of its files belong.
+                names = [entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name for entry in entries]
+            if ENVIRONMENT in names:
+                return
+            names.sort()
+            for name in names:
+                bare = name.removesuffix("/")
+                path = prefix + name
+                if bare in EXCLUDED or name.endswith(EXCLUDED_SUFFIXES) or (self._ignored and self._ignored(path)):
+                    continue
+                if path == self.store:
+                    self._leave_out("the store itself", path)
+                elif bare != name:
+                    yield from self._below(f"{folder}/{bare}", path)
+                elif found := self._look(name, path, descriptor):
+                    yield path, found
+        finally:
+            os.close(descriptor)
 
-    def _look(self, full: str, path: str) -> Stat | None:
+    def _look(self, name: str, path: str, folder: int | None = None) -> Stat | None:
+        """Of a file by its name in an open folder, which spares the system the way there, or by its whole path."""
         if not (path.isascii() and len(path) <= MAX_NAME_BYTES):  # hot; no file system has the other names that are refused
             try:
                 check_path(path)
             except ValueError as exc:
-                raise TrainerError(f"{full!r}: {exc}", hint="rename the file; names are UTF-8 text", code=ExitCode.DATA) from exc
-        result = os.lstat(full)
-        if stat.S_ISLNK(result.st_mode):
-            target = os.path.realpath(full)
-            inside = target.startswith(self._real + os.sep)
-            if not inside or not os.path.isfile(target):  # noqa: PTH113 - hot
-                return self._leave_out("links out of the folder or to folders", path)
-            result = os.stat(full)  # noqa: PTH116 - hot
-        if not stat.S_ISREG(result.st_mode):
+                message = f"{f'{self.root}/{path}'!r}: {exc}"
+                raise TrainerError(message, hint="rename the file; names are UTF-8 text", code=ExitCode.DATA) from exc
+        result = os.stat(name, dir_fd=folder, follow_symlinks=False)  # noqa: PTH116 - hot
+        if S_ISREG(result.st_mode):
+            return stat_of(result)
+        if not S_ISLNK(result.st_mode):
             return self._leave_out("neither file nor folder", path)
-        return stat_of(result)
+        target = os.path.realpath(f"{self.root}/{path}")
+        if not target.startswith(self._real + os.sep) or not os.path.isfile(target):  # noqa: PTH113 - hot
+            return self._leave_out("links out of the folder or to folders", path)
+        return stat_of(os.stat(target))  # noqa: PTH116 - hot
 
     def _leave_out(self, kind: str, path: str) -> None:
         count, example = self.left_out.get(kind, (0, path))
