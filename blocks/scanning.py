@@ -106,7 +106,7 @@ class Scan:
             except ValueError as exc:
                 message = f"{f'{self.root}/{path}'!r}: {exc}"
                 raise TrainerError(message, hint="rename the file; names are UTF-8 text", code=ExitCode.DATA) from exc
-        result = os.stat(name, dir_fd=folder, follow_symlinks=False)  # noqa: PTH116 - hot
+        result = os.stat(name, dir_fd=folder, follow_symlinks=False)
         if S_ISREG(result.st_mode):
             return stat_of(result)
         if not S_ISLNK(result.st_mode):

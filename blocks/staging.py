@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,7 +26,6 @@ from blocks.scanning import Scan, Stat, place_within
 from blocks.sending import PART_BYTES, PARTS_AT_ONCE, list_objects, put_file, put_object
 from blocks.stat_cache import StatCache
 from trainer.errors import ExitCode, TrainerError
-from trainer.fetching import read_version
 from trainer.packs import (
     BLOCK,
     END,
@@ -43,7 +42,7 @@ from trainer.packs import (
 from trainer.storage import folders_told_plainly, open_store, to_uri, told_plainly
 
 if TYPE_CHECKING:
-    pass
+    from obstore.store import ObjectStore
 
 PACK_BYTES = 16 * 2**20
 # Larger files are objects of their own. Measured on loopback, 150 MB of files, medians of 4, packed against on their own, CPU seconds of
@@ -146,7 +145,7 @@ def stage_folder(
 class _Stager:
     def __init__(self, root: Path, uri: str, name: str, cache: StatCache, on_progress: Callable[[Counts], None] | None) -> None:
         self.root, self.uri, self.name, self.cache = root, uri, name, cache
-        self.store, self.sending = open_store(uri), open_store(uri, "send")
+        self.store = open_store(uri)
         self.on_progress = on_progress
         self.counts = Counts()
         self.lease = Lease(self.store, name)
@@ -155,6 +154,10 @@ class _Stager:
         self.flying: deque[tuple[Future[None], int, int, list[tuple[bytes, str, int]]]] = deque()
         self.readers = AdaptivePool(FIRST_READERS, READERS, reads_files=True)
         self.senders = AdaptivePool(FIRST_SENDERS, SENDERS)
+
+    @cached_property
+    def sending(self) -> ObjectStore:
+        return open_store(self.uri, "send")
 
     def run(self, scan: Scan, *, again: bool) -> tuple[Ref, Scan]:
         ref, _ = read_ref(self.store, self.uri, self.name)
@@ -181,6 +184,8 @@ class _Stager:
         if again:
             self.cache.forget_placed()
             return ""
+        from trainer.fetching import read_version
+
         # A new name may well be of files that the store has under another.
         for known in [ref] if ref is not None else newest_refs(self.store, self.uri)[:OTHER_NAMES]:
             with suppress(TrainerError), self.cache.writer:  # gone or damaged: it says nothing, and is written anew
@@ -313,6 +318,8 @@ class _Stager:
 
     def _find_manifest(self, version: str) -> Ref | Literal["none", "damaged"]:
         """A version that was there before keeps its manifest: others may say what differs from it, so it must not refer to them."""
+        from trainer.fetching import read_version
+
         try:
             header, files = read_version(self.store, version)
             whole = {file.pack or file.sha256.hex() for file in files} <= list_objects(self.store)

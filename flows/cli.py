@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -10,6 +11,7 @@ import click
 from flows.cli_lazy import LazyGroup
 
 COMPLETE = "_TRAINYARD_COMPLETE"  # set by the script that `trainyard completion` prints
+GARBAGE_THRESHOLD = 50_000  # Python's 700 looks for garbage again and again in what an import has just made
 
 COMMANDS = {
     "demo": ("flows.cli_train", "Train on a small synthetic set: a first look, needs nothing."),
@@ -61,6 +63,7 @@ def use_colour() -> bool | None:
 
 def main() -> None:
     """The entry point. Expected failures are told in one screen, with the exit code of their class."""
+    gc.set_threshold(GARBAGE_THRESHOLD)
     try:
         app.main(standalone_mode=False, complete_var=COMPLETE, color=use_colour())
     except click.ClickException as exc:
@@ -73,6 +76,8 @@ def main() -> None:
         sys.exit(130)
     except Exception as exc:
         sys.exit(tell(exc))
+    finally:
+        gc.freeze()  # else all that was imported is looked through for garbage once more, before it goes with the process
 
 
 def tell(exc: Exception) -> int:

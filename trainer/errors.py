@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from enum import IntEnum, StrEnum
 
 
@@ -84,6 +83,8 @@ class TrainerError(TrainyardError):
 
 
 def unknown_name_message(kind: str, name: str, known: list[str]) -> str:
+    import difflib
+
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
     return f"unknown {kind} {name!r}; {advice}"
