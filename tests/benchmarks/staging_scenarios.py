@@ -248,7 +248,7 @@ def changed(bench: Bench) -> list[Outcome]:
 
 
 def fetch(bench: Bench) -> list[Outcome]:
-    return [_fetch(bench, wanted, limit) for wanted, limit in ((TINY, 2.0), (SMALL, 1.5))]
+    return [_fetch(bench, wanted, limit) for wanted, limit in ((SMALL, 1.5), (TINY, 2.0))]
 
 
 def _fetch(bench: Bench, wanted: DataSet, limit: float) -> Outcome:
@@ -309,14 +309,16 @@ def million(bench: Bench) -> list[Outcome]:
     return [_grow(bench, (1_000_000,), 1_000)]
 
 
+# Fetching comes first, fewest files first: ext4 looks for other inodes than those of files deleted in the last minutes, which costs
+# both clients a fifth of their work and hides what differs.
 SCENARIOS: dict[str, Callable[[Bench], list[Outcome]]] = {
+    "fetch": fetch,
     "upload-8kb": upload_8kb,
     "upload-200kb": upload_200kb,
     "per-file": per_file,
     "link": link,
     "unchanged": unchanged,
     "changed": changed,
-    "fetch": fetch,
     "scaling": scaling,
     "million": million,
 }
