@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tests.benchmarks.staging_data import DataSet, build, change, drop_cache
+from tests.benchmarks.staging_data import DataSet, build, change, drop_cache, touch_memory
 from tests.benchmarks.staging_peers import (
     BUCKET,
     BenchmarkError,
@@ -97,15 +97,16 @@ class Bench:
         wanted = {name: command for name, command in commands.items() if self.times(name)}
         rows: dict[str, list[Measured]] = {name: [] for name in wanted}
         for number in range(max(map(self.times, wanted), default=0)):
-            for name, command in wanted.items():
+            for name in in_turn(wanted, number):
                 if number < self.times(name):
                     before(number)
-                    rows[name].append(self.run(name, command, sink))
+                    rows[name].append(self.run(name, wanted[name], sink))
         return rows
 
     def run(self, name: str, command: list[str], sink: Sink) -> Measured:
         if sys.stderr.isatty():
             print(f"\r\x1b[K  {name} ...", end="", file=sys.stderr, flush=True)
+        touch_memory()
         return measure(command, sink, client_environment(sink, self.home, unsigned="unsigned" in name))
 
     @property
@@ -116,6 +117,11 @@ class Bench:
         """An empty store and no cache of what was staged."""
         sink.clear()
         shutil.rmtree(self.home, ignore_errors=True)
+
+
+def in_turn(clients: Iterable[str], round_number: int) -> list[str]:
+    """Every other round backwards, as what ran before has an effect on what comes next."""
+    return list(clients)[:: -1 if round_number % 2 else 1]
 
 
 def chosen(commands: dict[str, list[str]], *names: str) -> dict[str, list[str]]:
@@ -238,7 +244,7 @@ def changed(bench: Bench) -> list[Outcome]:
         rows: dict[str, list[Measured]] = {name: [] for name in names}
         for number in range(bench.rounds):
             change(folder, 0.01, number)
-            for name in names:
+            for name in in_turn(names, number):
                 rows[name].append(bench.run(name, commands[name], sink))
         outcome.rows = rows
     share = 100 * max(measured.bytes_in for measured in rows[OURS]) / TINY.bytes
@@ -261,7 +267,7 @@ def _fetch(bench: Bench, wanted: DataSet, limit: float) -> Outcome:
             bench.run(name, uploads[name], sink)
         for number in range(bench.rounds):
             # Always a new folder, and all are deleted at the end: ext4 avoids for a while the inodes of what was just deleted.
-            for name in ("s5cmd", OURS):
+            for name in in_turn(("s5cmd", OURS), number):
                 target = targets / f"{number} {name}"
                 command = fetch_commands(bench, sink, target)[name]
                 outcome.rows.setdefault(name, []).append(bench.run(name, command, sink))
