@@ -258,7 +258,7 @@ PLATFORMS: tuple[type[Environment], ...] = (SageMaker, Vertex, AzureMl, Kubernet
 
 
 def detect(environ: Mapping[str, str], root: Path = Path("/"), told: Told | None = None) -> Environment:
-    """Where this process runs: as the launcher says (``TRAINYARD_PLATFORM``), or by what the platform leaves. Raises TrainerError (CONFIG)."""
+    """Where this process runs: as the launcher says (``TRAINYARD_PLATFORM``), or by what the platform leaves. Raises TrainerError."""
     if name := environ.get(ENV_PLATFORM):
         named = {platform.PLATFORM: platform for platform in PLATFORMS}
         if name not in named:
