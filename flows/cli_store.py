@@ -92,11 +92,12 @@ def stage(path: str, store_uri: str, name: str | None, again: bool, as_json: boo
 @AS_JSON
 def fetch(version: str, store_uri: str, folder: str, as_json: bool) -> None:
     """Bring VERSION (a version, the beginning of one, or a dataset's name) to a folder, every file's sha256 compared."""
+    from blocks.refs import find_version
     from trainer.fetching import fetch_version
 
     ticker = Ticker()
     started = time.monotonic()
-    fetched = fetch_version(store_uri, _resolve(store_uri, version), Path(folder).absolute(), ticker.on_bytes)
+    fetched = fetch_version(store_uri, find_version(store_uri, version), Path(folder).absolute(), ticker.on_bytes)
     ticker.end()
     seconds = time.monotonic() - started
     if as_json:
@@ -116,10 +117,11 @@ def fetch(version: str, store_uri: str, folder: str, as_json: bool) -> None:
 @AS_JSON
 def verify(version: str, store_uri: str, as_json: bool) -> None:
     """Read every file of VERSION in the store and compare its sha256."""
+    from blocks.refs import find_version
     from trainer.fetching import verify_version
 
     ticker = Ticker()
-    verified = verify_version(store_uri, _resolve(store_uri, version), ticker.on_bytes)
+    verified = verify_version(store_uri, find_version(store_uri, version), ticker.on_bytes)
     ticker.end()
     told: dict[str, Any] = {"version": verified.version, "files": verified.files, "bytes": verified.bytes}
     click.echo(
@@ -136,7 +138,7 @@ def list_command(store_uri: str, as_json: bool) -> None:
     """List the datasets of a store."""
     import msgspec
 
-    from blocks.refs import list_refs
+    from blocks.refs import list_refs, require_store
     from trainer.storage import open_store, told_plainly
 
     require_store(store_uri)
@@ -161,10 +163,11 @@ def show(version: str, store_uri: str, as_json: bool) -> None:
     """Show one VERSION: how much it is, where it lies, and its folders."""
     from collections import Counter
 
+    from blocks.refs import find_version
     from trainer.fetching import read_version
     from trainer.storage import open_store, told_plainly
 
-    wanted = _resolve(store_uri, version)
+    wanted = find_version(store_uri, version)
     folders: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     packs: set[str] = set()
@@ -203,24 +206,3 @@ def show(version: str, store_uri: str, as_json: bool) -> None:
     print_table(
         "largest folders", ("folder", "files", "size"), [(name, folders[name], format_bytes(size)) for name, size in sizes.most_common(20)]
     )
-
-
-def require_store(store_uri: str) -> None:
-    """Who only looks makes no folder. Raises TrainerError (NOT_FOUND) for a folder that is not there; a bucket answers for itself."""
-    from trainer.errors import ExitCode, TrainerError
-    from trainer.storage import to_path
-
-    if "://" in store_uri and not store_uri.startswith("file://"):
-        return
-    folder = to_path(store_uri).expanduser()
-    if not folder.is_dir():
-        raise TrainerError(f"there is no store at {folder}", hint="check --store; `dataset stage` makes one", code=ExitCode.NOT_FOUND)
-
-
-def _resolve(store_uri: str, version: str) -> str:
-    from blocks.refs import resolve_version
-    from trainer.storage import open_store, told_plainly
-
-    require_store(store_uri)
-    with told_plainly(store_uri):
-        return resolve_version(open_store(store_uri), store_uri, version)
