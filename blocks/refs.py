@@ -24,7 +24,8 @@ KEPT_VERSIONS = 10
 NAMES_TOLD = 10
 TRIES = 20
 UNCLEAR_TRIES = 3
-NAME = re.compile(r"[\w][\w .+-]{0,99}")
+MAX_NAME = 100
+NAME = re.compile(rf"[\w][\w .+-]{{0,{MAX_NAME - 1}}}")
 
 
 class Ref(StoreRecord, frozen=True, kw_only=True):
@@ -40,6 +41,8 @@ class Ref(StoreRecord, frozen=True, kw_only=True):
 
 def ref_key(name: str) -> str:
     """Raises TrainerError (CONFIG) for a name that is no plain file name."""
+    if len(name) > MAX_NAME:
+        raise TrainerError(f"{name!r} is too long for a name", hint=f"use at most {MAX_NAME} characters (--name)", code=ExitCode.CONFIG)
     if not NAME.fullmatch(name):
         raise TrainerError(f"{name!r} is no name of a dataset", hint="use letters, digits, . _ + - and spaces", code=ExitCode.CONFIG)
     return f"refs/{name}.json"

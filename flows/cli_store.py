@@ -34,10 +34,11 @@ STORE = click.option(
 )
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 SHOW_EVERY_SECONDS = 0.5
+LOG_EVERY_SECONDS = 10.0
 
 
 class Ticker:
-    """One line on a terminal that is written over, at most twice a second; nothing elsewhere."""
+    """One line on a terminal that is written over, at most twice a second; elsewhere, as in the log of a CI, a line now and then."""
 
     def __init__(self) -> None:
         self.started = self.shown = time.monotonic()
@@ -45,9 +46,10 @@ class Ticker:
 
     def show(self, text: Callable[[float], str]) -> None:
         now = time.monotonic()
-        if self.live and now - self.shown >= SHOW_EVERY_SECONDS:
+        if now - self.shown >= (SHOW_EVERY_SECONDS if self.live else LOG_EVERY_SECONDS):
             self.shown = now
-            click.echo(f"\r\x1b[K{text(now - self.started)}", nl=False, err=True)
+            line = text(now - self.started)
+            click.echo(f"\r\x1b[K{line}" if self.live else line, nl=not self.live, err=True)
 
     def end(self) -> None:
         if self.live and self.shown > self.started:
