@@ -65,6 +65,9 @@ def test_files_of_all_kinds_arrive(store: Path, tmp_path: Path) -> None:
     assert fetched.fetched_files == fetched.files == len(packed) + len(alone)
     assert progress[-1] == (fetched.bytes, fetched.bytes)
     assert left(tmp_path) == ["copy"], "neither lock nor index nor half a folder"
+    with pytest.raises(TrainerError, match="no dataset version"):
+        fetch_version(str(store), "0" * 64, tmp_path / "copy of none")
+    assert left(tmp_path) == ["copy"], "what is refused leaves no lock either"
     assert read_header(str(store), version).bytes == fetched.bytes
     assert verify_version(str(store), version).files == fetched.files
 
