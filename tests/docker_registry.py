@@ -129,9 +129,7 @@ def start_daemon(name: str, command: list[str], folder: Path, log: Path, environ
     starter = ["start-stop-daemon", "--start", "--background", "--make-pidfile", "--pidfile", str(pid_file), "--output", str(log)]
     starter += ["--startas", command[0], "--", *command[1:]]
     try:
-        subprocess.run(
-            [*starter, "--startas", command[0], "--", *command[1:]], env=environment, check=True, capture_output=True, timeout=30
-        )
+        subprocess.run(starter, env=environment, check=True, capture_output=True, timeout=30)
     except FileNotFoundError:
         skip_or_fail("not here: start-stop-daemon, of Debian")
     return int(wait_for(f"the process id of {name}", lambda: pid_file.is_file() and pid_file.read_text().strip(), 10, every=0.02))

@@ -44,7 +44,7 @@ def test_an_image_is_built_with_a_secret_pushed_and_run(docker_engine: Engine, t
     (tmp_path / "Dockerfile").write_text(
         f"FROM {docker_engine.base}\nRUN --mount=type=secret,id=word test -s /run/secrets/word && python -c 'print(1)' > /made\n"
     )
-    docker_engine.docker("build", "--secret", f"id=word,src={secret}", "--tag", name, str(tmp_path))
+    docker_engine.docker("build", "--network", "host", "--secret", f"id=word,src={secret}", "--tag", name, str(tmp_path))
     docker_engine.docker("push", name)
     assert docker_engine.registry.digest("trainyard-test/engine", "1") in docker_engine.inspect(name)["RepoDigests"][0]
     done = docker_engine.docker("run", "--rm", "--user", "1000", "--read-only", name, "sh", "-c", "cat /made; exit 3", check=False)
