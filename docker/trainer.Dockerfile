@@ -11,14 +11,16 @@ RUN chmod -R u=rwX,go=rX /app && python -m compileall -q --invalidation-mode unc
 FROM ${BASE_IMAGE}
 # Unverified: the address of an index with torch's CPU wheels makes an image without CUDA. Those wheels have other hashes; none is checked.
 ARG TORCH_INDEX=
-# Secret `ca`: the certificates that the build's network wants, where a proxy looks into TLS. Of what pip needs while it works nothing stays.
-# Some files of packages are templates, or for other Pythons, and do not compile.
+# Secret `ca`: the certificates that the build's network wants, where a proxy looks into TLS. Of what pip needs while it works nothing stays,
+# nor do the packages' own tests. Some files of packages are templates, or for other Pythons, and do not compile.
 RUN --mount=type=bind,source=docker/trainer-requirements.txt,target=/run/requirements.txt \
-    --mount=type=cache,id=trainyard-pip,target=/var/cache/pip \
+    --mount=type=cache,id=trainyard-pip,target=/var/cache/pip,sharing=locked \
     --mount=type=secret,id=ca,target=/run/secrets/ca \
     set -eu; \
     export PIP_CACHE_DIR=/var/cache/pip PIP_NO_COMPILE=1 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore; \
-    export TMPDIR="$(mktemp -d /var/cache/pip/tmp.XXXXXX)"; \
+    export TMPDIR=/var/cache/pip/tmp; \
+    rm -rf "$TMPDIR"; \
+    mkdir "$TMPDIR"; \
     if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi; \
     python -m venv --without-pip /opt/trainer; \
     install() { python -m pip --python /opt/trainer/bin/python install --no-deps "$@"; }; \
@@ -29,6 +31,7 @@ RUN --mount=type=bind,source=docker/trainer-requirements.txt,target=/run/require
         install --require-hashes -r "$TMPDIR/requirements.txt"; \
         PIP_INDEX_URL="$TORCH_INDEX" install $(sed -n 's/^\(torch\(vision\)\?==[^ ]*\).*/\1/p' /run/requirements.txt); \
     fi; \
+    python -c 'import pathlib, shutil; [shutil.rmtree(found) for found in [*pathlib.Path("/opt/trainer").rglob("tests")]]'; \
     python -m compileall -qq -j 0 --invalidation-mode unchecked-hash /opt/trainer/lib || true; \
     rm -rf "$TMPDIR"
 
