@@ -54,6 +54,7 @@ FILES = [
         "docker/trainer-requirements.txt", "What the trainer image holds: no orchestrator, no SDK.", ("--only-group", "trainer-image")
     ),
     Requirements("docker/flow-runner-requirements.txt", "Core, for the flow runner's image.", ("--no-dev",)),
+    Requirements("docker/flow-runner-build-requirements.txt", "What makes the flow runner's wheel.", ("--only-group", "flow-runner-build")),
     *(
         Requirements(
             f"docker/flow-runner-{extra}-requirements.txt",
@@ -113,7 +114,7 @@ def test_requirements_are_those_of_the_lock(wanted: Requirements) -> None:
         skip_or_fail("there is no uv.lock; `uv sync` makes it")
     expected, found = pins(export_requirements(uv, wanted)), pins(wanted.file.read_text())
     direct = {name: version for name, version in direct_pins().items() if name in expected}
-    assert len(direct) > 8
+    assert len(direct) > 8 or "build" in wanted.path
     assert found.keys() == expected.keys(), f"{wanted.path} is out of date; renew it: {REWRITE}"
     assert {name: found[name] for name in direct} == direct, f"{wanted.path} is out of date; renew it: {REWRITE}"
 
