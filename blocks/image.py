@@ -245,13 +245,13 @@ def _bring(
         image_id, first = image.id, 0
         if not places:
             return EnsuredImage((), tag, why, built, image_id=image_id)
-        engine = connect()
 
         def on_push(done: int, total: int) -> None:
             sent[0] = done
             told.sent(done, total)
 
-        manifest = _push(engine, image_id, places[0], on_push)
+        with connect() as engine:
+            manifest = _push(engine, image_id, places[0], on_push)
     else:
         manifest = found[first]
         assert manifest is not None
@@ -266,9 +266,9 @@ def _bring(
 def _find_or_build(
     source: BuildInput, source_hash: str, told: Told, *, force: bool, build: bool, network: str
 ) -> tuple[LocalImage, bool, str]:
-    engine = connect()
     tag = source_tag(source_hash)
-    image = None if force else engine.find(source_hash, source.platform)
+    with connect() as engine:
+        image = None if force else engine.find(source_hash, source.platform)
     if image is not None:
         return image, False, f"not built: docker here has {tag}, and nothing that it is made of has changed"
     if not build:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import socket
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from blocks.registry_login import IDENTITY_TOKEN, Login
 from trainer.contract import ExitCode
 
 OnPush = Callable[[int, int], None]  # bytes sent, of so many that the registry lacks
-PING_SECONDS = 5
+DEFAULT_HOST = "unix:///var/run/docker.sock"
 
 
 @dataclass(frozen=True)
@@ -108,16 +110,30 @@ def explain_push(message: str, target: ImageRef) -> ProviderError:
     return ServiceUnavailable(f"the push to {target.name} broke off: {message}", hint="push again; what the registry has is not sent again")
 
 
-def connect() -> Engine:
+@contextmanager
+def connect() -> Generator[Engine]:
     """The engine that DOCKER_HOST or docker's current context names. Raises TerminalError where none runs."""
     docker: Any = importlib.import_module("docker")
-    with told_plainly():
-        if not os.environ.get("DOCKER_HOST") and (host := _context_host()):
-            client = docker.DockerClient(base_url=host)
-        else:
-            client = docker.from_env()
-        client.ping()
-        return Engine(client)
+    named = os.environ.get("DOCKER_HOST") or _context_host() or DEFAULT_HOST
+    require_answer(named)
+    with told_plainly(), contextlib.ExitStack() as stack:
+        client = docker.from_env() if os.environ.get("DOCKER_HOST") else docker.DockerClient(base_url=named)
+        stack.callback(client.close)
+        yield Engine(client)
+
+
+def require_answer(host: str) -> None:
+    """Of an engine on this machine, by its socket: the SDK would hide why it does not answer. Raises TerminalError."""
+    if not host.startswith("unix://"):
+        return
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(host.removeprefix("unix://"))
+    except PermissionError as exc:
+        hint = "join the group docker, or run Docker in rootless mode"
+        raise TerminalError("this user may not use Docker", hint=hint, code=ExitCode.PERMISSION) from exc
+    except OSError as exc:
+        raise TerminalError("the Docker daemon does not run", hint=DAEMON_HINT, code=ExitCode.UNAVAILABLE) from exc
 
 
 def _context_host() -> str:
@@ -135,10 +151,6 @@ def told_plainly() -> Generator[None]:
         yield
     except (DockerException, RequestException) as exc:
         text = str(exc)
-        if "Permission denied" in text:
-            raise TerminalError(
-                "this user may not use Docker", hint="join the group docker, or run Docker in rootless mode", code=ExitCode.PERMISSION
-            ) from exc
         if "no space left" in text.lower():
             raise QuotaError("docker has no disk space left", hint="docker system prune, or a bigger disk") from exc
         if isinstance(exc, RequestException) or "Error while fetching server API version" in text:

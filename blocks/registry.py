@@ -123,7 +123,7 @@ class Repository:
         with self._send("GET", f"blobs/{manifest.content['config']['digest']}") as response:
             assert response is not None
             content: dict[str, Any] = json.loads(response.read())
-        labels = cast("dict[str, str]", (content.get("config") or {}).get("Labels") or {})
+        labels = cast("dict[str, dict[str, str]]", content.get("config") or {}).get("Labels") or {}
         return ImageConfig(f"{content.get('os', '?')}/{content.get('architecture', '?')}", labels, str(content.get("created") or ""))
 
     def tags(self) -> list[str]:

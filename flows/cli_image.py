@@ -95,7 +95,8 @@ def list_command(as_json: bool, **options: Any) -> None:
     images = [found for target in targets if target.registry for found in list_registry(target.place(), target.identity, current)]
     note = ""
     try:
-        images += list_engine(connect(), current)
+        with connect() as engine:
+            images += list_engine(engine, current)
     except TrainyardError as exc:
         note = exc.message
         if not any(target.registry for target in targets):
