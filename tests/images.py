@@ -50,7 +50,9 @@ class Uploader:
         httpx.put(self.url(f"manifests/{tag or sha256(body)}"), content=body, headers=headers, auth=self.user).raise_for_status()
         return sha256(body)
 
-    def image(self, tag: str = "", *, platform: str = "linux/amd64", payload: bytes = b"model", **labels: str) -> str:
+    def image(
+        self, tag: str = "", *, platform: str = "linux/amd64", payload: bytes = b"model", labels: dict[str, str] | None = None
+    ) -> str:
         """Puts an image with one layer of one file; returns its digest."""
         layer = make_layer(payload)
         system, architecture = platform.split("/")
@@ -59,7 +61,7 @@ class Uploader:
                 "os": system,
                 "architecture": architecture,
                 "created": "2026-11-24T12:00:00Z",
-                "config": {"Labels": labels},
+                "config": {"Labels": labels or {}},
                 "rootfs": {"type": "layers", "diff_ids": [sha256(gzip.decompress(layer))]},
             }
         ).encode()
