@@ -24,7 +24,7 @@ from trainer.errors import (
 from trainer.files import ENV_HOME as ENV_HOME, utc_now as utc_now
 from trainer.records import STORED as STORED, StoredRecord as StoredRecord, UserInput as UserInput
 
-CONTRACT_VERSION = 2  # 2: datasets in a store
+CONTRACT_VERSION = 3  # 2: datasets in a store; 3: results go to a store
 
 
 # --- What to train -----------------------------------------------------------------------------
@@ -152,6 +152,9 @@ class TrainJob(StoredRecord):
     dataset: DatasetRef
     cache_dir: str | None = Field(default=None, description="Where this machine keeps fetched datasets. None: for this job alone.")
     cache_limit_gib: float | None = Field(default=None, description="Least recently used versions leave the cache above this.")
+    output_uri: str | None = Field(
+        default=None, description="The run's record, <output>/<run_id>, where a container keeps it. None: the attempt's folder is in it."
+    )
     fingerprint: str = ""
 
 
