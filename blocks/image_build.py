@@ -137,7 +137,7 @@ def explain_build_failure(lines: Sequence[str], source: BuildInput) -> ProviderE
     if "no space left on device" in lower:
         return QuotaError("docker has no disk space left for the build", hint="docker system prune, or a bigger disk")
     base = source.base or "the Dockerfile's base"
-    if re.search(r"error: .*load metadata for|failed to (?:resolve source metadata|load cache key)|pull access denied", lower):
+    if re.search(r"> \[internal\] load metadata for|failed to (?:resolve source metadata|load cache key)|pull access denied", lower):
         return ConfigError(
             f"the base image cannot be had: {base}\n{shown_lines(lines)}", hint="check its name and digest, and `docker login`"
         )
