@@ -89,6 +89,7 @@ class Repository:
         self.address = f"{'http' if self.local else 'https'}://{host}/v2/"
         # A proxy of the environment is for what is outside.
         self.client = httpx.Client(timeout=TIMEOUT, trust_env=not self.local, verify=_trusted(), follow_redirects=True)
+        self.client.headers["Accept-Encoding"] = "identity"  # blobs are passed on as they are
         self.authorization = ""
 
     def __enter__(self) -> Self:
