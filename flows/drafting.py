@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from blocks import image
 from blocks.dataset_sources import choose_store, count_images, dataset_name, is_uri, split_staged
 from blocks.job import JobSpec, Plan, TrainRequest
 from blocks.naming import display_name
-from blocks.profiles import load_profile
+from blocks.profiles import LocalProfile, image_settings, load_profile
+from blocks.provider import Provider
 from blocks.record import default_output_uri
 from blocks.refs import find_version
 from trainer.contract import DatasetRef, RunLayout
@@ -34,6 +37,7 @@ def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex | None]:
         path = Path(request.dataset)
         index = check_dataset(path, task=request.config.task, split=request.split, max_problem_share=request.max_problem_share)
         version, images = index.version, len(index.images)
+    provider = profile.provider()
     output_uri = to_uri(request.output or profile.output or default_output_uri())
     store_uri = staged[0] if staged else None if index and not request.stage else choose_store(request, profile.store)
     name = index.name if index else dataset_name(request.dataset)
@@ -51,13 +55,22 @@ def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex | None]:
         ),
         resources=request.resources,
         output_uri=output_uri,
+        image=look_up_image(profile, provider),
         max_runtime_seconds=request.max_runtime_seconds,
         max_cost_usd=request.max_cost_usd,
         project=request.project or "",
         cost_centre=request.cost_centre or "",
         profile=request.profile,
     )
-    return profile.provider().plan(spec), index
+    return provider.plan(spec), index
+
+
+def look_up_image(profile: LocalProfile, provider: Provider[Any]) -> str | None:
+    """The image by digest; None where the run would build it first, or needs none. Only looks."""
+    if not provider.CAPABILITIES.needs_image:
+        return None
+    found = image.look_up_image(image_settings(profile))
+    return str(found) if found else None
 
 
 def describe_draft_dataset(index: DatasetIndex | None, ref: DatasetRef) -> str:

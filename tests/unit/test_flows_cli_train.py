@@ -165,7 +165,7 @@ def test_the_plan_shows_byte_for_byte_what_a_run_submits(
 
     monkeypatch.setattr(job_tasks, "make_plan", make_plan_only)
     with pytest.raises(KeyboardInterrupt):
-        train.run_attempt(provider, record, run, request_for_shapes, Step(Action.START, 1), lambda _status: None)
+        train.run_attempt(provider, record, run, request_for_shapes, Step(Action.START, 1), lambda _status: None, lambda: None)
     monkeypatch.setattr(drafting, "DRAFT_RUN_ID", "same1234")
     drafted, _ = drafting.draft_plan(request_for_shapes)
     assert canonical_json(drafted.request) == canonical_json(planned[0].request)
