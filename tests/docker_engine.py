@@ -38,9 +38,9 @@ BASE_OPTIONS = [
 BASE_REPOSITORY = "trainyard-test/python"
 GIB = 2**30
 # What is kept between runs. A registry cannot give up single layers while it serves, so it is emptied; the engine gives up what is oldest.
-REGISTRY_LIMIT = 12 * GIB
-BUILD_CACHE_LIMIT = 25 * GIB
-UNUSED_IMAGES_FOR = "72h"
+REGISTRY_LIMIT = 10 * GIB
+BUILD_CACHE_LIMIT = 12 * GIB
+UNUSED_IMAGES_FOR = "24h"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Engine:
     environment: dict[str, str]
 
     def docker(
-        self, *argv: str, timeout: float = 900, check: bool = True, cwd: Path | None = None, **environment: str
+        self, *argv: str, timeout: float = 1800, check: bool = True, cwd: Path | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             ["docker", *argv],

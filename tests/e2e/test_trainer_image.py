@@ -96,7 +96,7 @@ def test_a_changed_line_of_the_trainer_moves_less_than_a_megabyte(
     new = [layer for layer in pushed_layers(docker_engine.registry, NAME, changed.digest) if layer not in known]
     assert len(new) == 1, "who has the one image pulls one layer for the other"
     assert new[0].size < MIB
-    docker_engine.docker("rmi", f"{docker_engine.registry.host}/{NAME}:changed", changed.reference)
+    docker_engine.docker("rmi", "--force", changed.built_id)
 
 
 def test_what_is_not_the_trainers_makes_no_other_image(docker_engine: Engine, trainer_image: TrainerImage, tmp_path: Path) -> None:
