@@ -38,9 +38,9 @@ BASE_OPTIONS = [
 BASE_REPOSITORY = "trainyard-test/python"
 GIB = 2**30
 # What is kept between runs. A registry cannot give up single layers while it serves, so it is emptied; the engine gives up what is oldest.
-REGISTRY_LIMIT = 12 * GIB
-BUILD_CACHE_LIMIT = 25 * GIB
-UNUSED_IMAGES_FOR = "72h"
+REGISTRY_LIMIT = 10 * GIB
+BUILD_CACHE_LIMIT = 12 * GIB
+UNUSED_IMAGES_FOR = "24h"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Engine:
     environment: dict[str, str]
 
     def docker(
-        self, *argv: str, timeout: float = 900, check: bool = True, cwd: Path | None = None, **environment: str
+        self, *argv: str, timeout: float = 1800, check: bool = True, cwd: Path | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             ["docker", *argv],
@@ -128,13 +128,20 @@ def start_dockerd(folder: Path) -> None:
     wait_for("the Docker Engine", ready, 60)
 
 
+def mounts_below(folder: Path) -> list[str]:
+    """The innermost first."""
+    places = [line.split()[1].replace("\\040", " ") for line in Path("/proc/mounts").read_text().splitlines()]
+    return sorted((place for place in places if Path(place).is_relative_to(folder.resolve())), reverse=True)
+
+
 def stop_dockerd(folder: Path) -> None:
     if (pid := engine_pid(folder)) is not None:
         stop_process(pid, "dockerd", seconds=30)
     with suppress(FileNotFoundError, ValueError):  # left where the engine was killed
         stop_process(int((folder / "run/containerd/containerd.pid").read_text()), "containerd")
-    if (left := folder / "run/netns/default").exists():
-        subprocess.run(["umount", str(left)], capture_output=True, check=False)
+    # The network of containers always stays mounted, and where the engine was killed its folder, too.
+    for mounted in mounts_below(folder):
+        subprocess.run(["umount", mounted], capture_output=True, check=False)
     for stale in ("engine.pid", "dockerd.pid", "docker.sock"):
         (folder / stale).unlink(missing_ok=True)
 

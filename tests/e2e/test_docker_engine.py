@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.components import cache_folder
-from tests.docker_engine import Engine, engine_answers, engine_pid, require_engine, rig_folder, running_engine
+from tests.docker_engine import Engine, engine_answers, engine_pid, mounts_below, require_engine, rig_folder, running_engine
 from tests.docker_registry import running_registry
 from tests.stack import REPOSITORY, wait_for
 
@@ -95,6 +95,7 @@ def test_an_engine_left_by_a_killed_run_is_taken_over_or_replaced(rig: Path) -> 
             assert fresh.base.rpartition("@")[2] == seen.rpartition("@")[2]
             fresh.docker("pull", "--quiet", fresh.base)
     assert engine_pid(rig) is None
+    assert mounts_below(rig) == [], "else the folder cannot be removed"
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_a_changed_line_of_the_trainer_moves_less_than_a_megabyte(
 ) -> None:
     context = copy_sources(tmp_path / "context")
     errors = context / "trainer/errors.py"
-    errors.write_text(errors.read_text() + f"\n# {tmp_path}\n")
+    errors.write_text(errors.read_text() + f"\n# {uuid4()}\n")
     before = docker_engine.registry.stored_bytes()
     changed = make_image(docker_engine, context, tmp_path, "changed")
     moved = docker_engine.registry.stored_bytes() - before
@@ -96,7 +97,7 @@ def test_a_changed_line_of_the_trainer_moves_less_than_a_megabyte(
     new = [layer for layer in pushed_layers(docker_engine.registry, NAME, changed.digest) if layer not in known]
     assert len(new) == 1, "who has the one image pulls one layer for the other"
     assert new[0].size < MIB
-    docker_engine.docker("rmi", f"{docker_engine.registry.host}/{NAME}:changed", changed.reference)
+    docker_engine.docker("rmi", "--force", changed.built_id)
 
 
 def test_what_is_not_the_trainers_makes_no_other_image(docker_engine: Engine, trainer_image: TrainerImage, tmp_path: Path) -> None:
