@@ -269,3 +269,13 @@ def test_a_missing_large_file_is_told(store: Path, tmp_path: Path) -> None:
     (store / file_key(hashlib.sha256(LARGE).digest())).unlink()
     with pytest.raises(TrainerError, match="the store lacks files/"):
         fetch_version(str(store), version, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("read", ["fetch", "verify"])
+def test_the_hint_of_a_damaged_object_names_the_store(store: Path, tmp_path: Path, read: str) -> None:
+    version = write_store(store, SMALL)
+    [path] = (path for path in (store / "packs").rglob("*") if path.is_file())
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(TrainerError, match="is damaged") as refused:
+        fetch_version(str(store), version, tmp_path / "copy") if read == "fetch" else verify_version(str(store), version)
+    assert f"--store {store} --again" in str(refused.value.hint)
