@@ -47,8 +47,7 @@ ENV PATH=/opt/flow-runner/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:
     PYTHONPATH=/app \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    HOME=/tmp \
-    PREFECT_HOME=/tmp/prefect
+    HOME=/tmp
 WORKDIR /app
 USER 1000:1000
 STOPSIGNAL SIGTERM

@@ -22,10 +22,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TypeVar
 
-from pydantic import ValidationError
-
 from trainer.contract import (
-    CONTRACT_VERSION,
     ENV_HOME,
     EXIT_REASONS,
     AttemptLayout,
@@ -35,6 +32,7 @@ from trainer.contract import (
     RunLayout,
     TrainerError,
     TrainJob,
+    parse_job,
     utc_now,
 )
 from trainer.delivery import LOG_SECONDS, Courier, LogFollower, Repeated, collect, restore
@@ -151,19 +149,7 @@ def read_config(place: str) -> TrainJob:
         text = ObjectFolder(folder).get(name)
     if text is None:
         raise TrainerError(f"there is no job at {place}", hint="check path, mounts and bucket", code=ExitCode.NOT_FOUND)
-    try:
-        job = TrainJob.model_validate_json(text)
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise TrainerError(f"{place} is not a job: {where}: {first['msg']}", code=ExitCode.CONFIG) from exc
-    if job.contract_version > CONTRACT_VERSION:
-        raise TrainerError(
-            f"the job speaks contract version {job.contract_version}, this trainer knows {CONTRACT_VERSION}",
-            hint="use an image of the launcher's version",
-            code=ExitCode.CONFIG,
-        )
-    return job
+    return parse_job(text, place)
 
 
 def localize(job: TrainJob, mounts: Mounts) -> TrainJob:

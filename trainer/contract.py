@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from trainer.errors import (
     EXIT_REASONS as EXIT_REASONS,
@@ -156,6 +156,23 @@ class TrainJob(StoredRecord):
         default=None, description="The run's record, <output>/<run_id>, where a container keeps it. None: the attempt's folder is in it."
     )
     fingerprint: str = ""
+
+
+def parse_job(text: bytes, place: str) -> TrainJob:
+    """The job that `place` holds. Raises TrainerError (CONFIG) where it is none, or of a newer launcher."""
+    try:
+        job = TrainJob.model_validate_json(text)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise TrainerError(f"{place} is not a job: {field}: {first['msg']}", code=ExitCode.CONFIG) from exc
+    if job.contract_version > CONTRACT_VERSION:
+        raise TrainerError(
+            f"the job speaks contract version {job.contract_version}, this trainer knows {CONTRACT_VERSION}",
+            hint="use a trainer, or an image, of the launcher's version",
+            code=ExitCode.CONFIG,
+        )
+    return job
 
 
 # --- How far it is ---------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -39,6 +38,7 @@ from trainer.contract import (
 )
 from trainer.files import read_json, write_json
 from trainer.locks import try_lock
+from trainer.memory import own_groups
 
 TICK_SECONDS = 0.2
 QUEUE_TICK_SECONDS = 0.5
@@ -291,7 +291,7 @@ def read_oom_kills(root: Path = Path("/")) -> int:
 
     ``memory.events`` is of version 2 (cgroups(7)), ``memory.oom_control`` of version 1.
     """
-    groups = list(own_groups(root))
+    groups = [group for _, inner, top in own_groups(root) for group in (inner, top)]
     for path in (*(group / name for group in groups for name in ("memory.events", "memory.oom_control")), root / "proc/vmstat"):
         if path.is_file():
             for line in path.read_text().splitlines():
@@ -299,19 +299,6 @@ def read_oom_kills(root: Path = Path("/")) -> int:
                 if name == "oom_kill":
                     return int(value)
     return 0
-
-
-def own_groups(root: Path) -> Iterator[Path]:
-    """Folders of this process's memory control group: its own, else the topmost, which is its own inside a container."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "" or "memory" in controllers.split(","):
-            top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-            yield from (top / path.strip("/"), top)
 
 
 def announce(descriptor: int | None, word: str) -> None:

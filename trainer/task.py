@@ -17,11 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from trainer.checkpoint import Checkpoint, find_best, find_checkpoint, list_checkpoints
 from trainer.contract import (
-    CONTRACT_VERSION,
     EXIT_REASONS,
     AttemptLayout,
     ExitCode,
@@ -30,6 +27,7 @@ from trainer.contract import (
     ResultManifest,
     TrainerError,
     TrainJob,
+    parse_job,
 )
 from trainer.dataset_source import open_data
 from trainer.files import DISK_FULL, write_json
@@ -67,20 +65,10 @@ class PhaseClock:
 def read_job(layout: AttemptLayout) -> TrainJob:
     path = layout / AttemptLayout.CONFIG
     try:
-        job = TrainJob.model_validate_json(path.read_bytes())
+        text = path.read_bytes()
     except FileNotFoundError as exc:
         raise TrainerError(f"{path} does not exist", hint="give the folder of an attempt", code=ExitCode.CONFIG) from exc
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise TrainerError(f"{path.name} is not a job: {place}: {first['msg']}", code=ExitCode.CONFIG) from exc
-    if job.contract_version > CONTRACT_VERSION:
-        raise TrainerError(
-            f"the job speaks contract version {job.contract_version}, this trainer knows {CONTRACT_VERSION}",
-            hint="use a trainer of the launcher's version",
-            code=ExitCode.CONFIG,
-        )
-    return job
+    return parse_job(text, path.name)
 
 
 def attempts_of(layout: AttemptLayout) -> ObjectFolder:
