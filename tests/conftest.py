@@ -11,13 +11,16 @@ import pytest
 SHARED_STACK = frozenset(
     f"test_{name}" for name in ("command_line", "lives_of_a_run", "reconcile", "same_run", "staged_training", "stalls", "stopping")
 )
+TRAINER_IMAGE = frozenset(("test_trainer_image", "test_trainer_container"))  # on a new machine its build and push take minutes
 LONGEST_FIRST = ("e2e", "browser", "contract", "unit")  # so that no process is left with a long one at the end
 
 
 def group_of(path: PurePath) -> str:
     """A file's tests stay together, since many share what a fixture of the file made."""
     room = path.parent.name
-    return "shared stack" if room == "e2e" and path.stem in SHARED_STACK else f"{room}/{path.stem}"
+    if room == "e2e" and path.stem in SHARED_STACK:
+        return "shared stack"
+    return "trainer image" if room == "e2e" and path.stem in TRAINER_IMAGE else f"{room}/{path.stem}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
