@@ -10,13 +10,14 @@ from urllib.parse import unquote, urlsplit
 
 from blocks.garbage import pin_version, unpin_version
 from blocks.job import TrainRequest
+from blocks.label_matching import is_image
 from blocks.places import home
-from blocks.refs import NAME, resolve_version
+from blocks.refs import NAME, find_version
 from blocks.registering import Registered, register_uri
 from blocks.staging import Counts, Staged, stage_folder
 from trainer.contract import DatasetCheck, DatasetRef, ExitCode, TrainerError
 from trainer.dataset import DatasetIndex
-from trainer.fetching import read_header
+from trainer.fetching import read_version
 from trainer.storage import open_store, to_uri, told_plainly
 
 ENV_STORE = "TRAINYARD_STORE"
@@ -89,9 +90,14 @@ def find_staged(dataset: str, endpoint: str | None, index_uri: str, check: Datas
     found = split_staged(dataset)
     assert found is not None, "callers ask for staged datasets only"
     uri, wanted = found
-    with told_plainly(uri):
-        version = resolve_version(open_store(uri), uri, wanted)
-    return _checked_later(dataset, version, read_header(uri, version).files, StoreChoice(uri, endpoint), index_uri, check)
+    version = find_version(uri, wanted)
+    return _checked_later(dataset, version, count_images(uri, version), StoreChoice(uri, endpoint), index_uri, check)
+
+
+def count_images(store_uri: str, version: str) -> int:
+    """By their names; reads all of the manifest."""
+    with told_plainly(store_uri):
+        return sum(is_image(file.path) for file in read_version(open_store(store_uri), version)[1])
 
 
 def register(
@@ -100,16 +106,16 @@ def register(
     """A manifest over the objects of a bucket, with labels from a folder or COCO file where they are given; no image moves."""
     labels = Path(request.labels) if request.labels else None
     staged = register_uri(request.dataset, store.uri, labels=labels, on_progress=say)
-    return _checked_later(request.dataset, staged.version, staged.files, store, index_uri, check), staged
+    return _checked_later(request.dataset, staged.version, staged.images, store, index_uri, check), staged
 
 
-def _checked_later(dataset: str, version: str, files: int, store: StoreChoice, index_uri: str, check: DatasetCheck) -> DatasetRef:
+def _checked_later(dataset: str, version: str, images: int, store: StoreChoice, index_uri: str, check: DatasetCheck) -> DatasetRef:
     return DatasetRef(
         root=dataset,
         index_uri=index_uri,
         version=version,
         name=dataset_name(dataset),
-        image_count=files,
+        image_count=images,
         store_uri=store.uri,
         store_endpoint=store.endpoint,
         check=check,

@@ -7,18 +7,75 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from prefect.blocks.core import Block
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from blocks import load_provider
 from blocks.credentials import build_access
 from blocks.errors import ConfigError, MissingExtra
+from blocks.image import DEFAULT_REPOSITORY, ImageSettings
+from blocks.image_ref import ImageRef
+from blocks.image_source import DEFAULT_PLATFORM
 from blocks.job import WatchPolicy
 from blocks.provider import Provider
+from blocks.registry_login import Identity
 from trainer.store_access import StoreAccess
+
+
+class ImageFields(BaseModel):
+    """Of a profile whose provider runs a container: which image trains, or where ours is kept. Beside `Block` as a base."""
+
+    image: str = Field(
+        default="", description="Image to train with, such as registry/trainer@sha256:.... Empty: ours, built and kept in the registry."
+    )
+    registry: str = Field(
+        default="",
+        description="Where the trainer image is kept: <account>.dkr.ecr.<region>.amazonaws.com, "
+        "<region>-docker.pkg.dev/<project>/<repository>, <name>.azurecr.io, or another registry's host, with a path where it wants one.",
+    )
+    repository: str = Field(default=DEFAULT_REPOSITORY, description="Name of the image in the registry.")
+    registry_user: str = Field(default="", description="Empty: the cloud's identity, or what `docker login` stored.")
+    registry_password: SecretStr = Field(default=SecretStr(""), description="Password or token of registry_user.")
+    registry_credentials: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9-]+/[a-z0-9-]+$",
+        description="Saved credentials to log in to Amazon ECR with, as type/name: aws-credentials/prod. Empty: the environment's.",
+    )
+    create_repository: bool = Field(default=True, description="Create the repository in Amazon ECR where it is missing.")
+    image_base: str = Field(
+        default="", description="Image to build on; by digest, it never changes. Empty: the one in docker/trainer.Dockerfile."
+    )
+    image_platform: Literal["linux/amd64", "linux/arm64"] = Field(default=DEFAULT_PLATFORM, description="What the machines that train run.")
+
+    @model_validator(mode="after")
+    def _images_are_named_well(self) -> Self:
+        for text in (self.image, self.image_base, f"{self.registry.strip('/')}/{self.repository}" if self.registry else ""):
+            if text:
+                try:
+                    ImageRef.parse(text)
+                except ConfigError as exc:
+                    raise ValueError(str(exc)) from exc
+        if bool(self.registry_user) != bool(self.registry_password.get_secret_value()):
+            raise ValueError("registry_user and registry_password go together: give both, or neither")
+        return self
+
+    def image_settings(self) -> ImageSettings:
+        slug = self.registry_credentials
+        identity = Identity(
+            self.registry_user, self.registry_password.get_secret_value(), (lambda: load_credentials(slug)) if slug is not None else None
+        )
+        return ImageSettings(
+            image=self.image,
+            registry=self.registry,
+            repository=self.repository,
+            identity=identity,
+            platform=self.image_platform,
+            base=self.image_base,
+            create_repository=self.create_repository,
+        )
 
 
 class LocalProfile(Block):
@@ -105,6 +162,11 @@ def load_credentials(slug: str) -> Any:
     except ValueError as exc:
         raise ConfigError(f"no credentials are saved as {slug!r}", hint="save them in the Prefect UI under Blocks") from exc
     return asyncio.run(loaded) if asyncio.iscoroutine(loaded) else loaded
+
+
+def image_settings(profile: Block) -> ImageSettings:
+    """Those of the profile; none where it has no such fields, which is then explained as a profile that says nothing of it."""
+    return profile.image_settings() if isinstance(profile, ImageFields) else ImageSettings()
 
 
 def load_profile(name: str) -> LocalProfile:

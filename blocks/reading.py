@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from blocks.scanning import Stat, stat_of
+from blocks.scanning import Stat, stat_of, vanished_error
 from trainer.errors import ExitCode, TrainerError
 
 MEMORY_BYTES = 16 * 2**20  # larger ones are hashed first, and sent from the file
@@ -34,7 +34,7 @@ def read_file(full: str, path: str, most: int = MEMORY_BYTES) -> Read:
             f"cannot read {full}", hint="mend its permissions, or name it in .trainyardignore", code=ExitCode.PERMISSION
         ) from exc
     except FileNotFoundError as exc:
-        raise changed_error(full) from exc
+        raise vanished_error(full) from exc
     try:
         found = stat_of(os.fstat(descriptor))
         if found.size > most:

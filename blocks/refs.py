@@ -13,7 +13,7 @@ import msgspec
 from trainer.errors import ExitCode, TrainerError
 from trainer.files import utc_now
 from trainer.locks import try_lock
-from trainer.storage import list_paths, to_path
+from trainer.storage import list_paths, open_store, to_path, told_plainly
 from trainer.store_records import AwareTime, StoreRecord
 
 if TYPE_CHECKING:
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 KEPT_VERSIONS = 10
+NAMES_TOLD = 10
 TRIES = 20
 UNCLEAR_TRIES = 3
-NAME = re.compile(r"[\w][\w .+-]{0,99}")
+MAX_NAME = 100
+NAME = re.compile(rf"[\w][\w .+-]{{0,{MAX_NAME - 1}}}")
 
 
 class Ref(StoreRecord, frozen=True, kw_only=True):
@@ -39,6 +41,8 @@ class Ref(StoreRecord, frozen=True, kw_only=True):
 
 def ref_key(name: str) -> str:
     """Raises TrainerError (CONFIG) for a name that is no plain file name."""
+    if len(name) > MAX_NAME:
+        raise TrainerError(f"{name!r} is too long for a name", hint=f"use at most {MAX_NAME} characters (--name)", code=ExitCode.CONFIG)
     if not NAME.fullmatch(name):
         raise TrainerError(f"{name!r} is no name of a dataset", hint="use letters, digits, . _ + - and spaces", code=ExitCode.CONFIG)
     return f"refs/{name}.json"
@@ -142,10 +146,18 @@ def delete_ref(store: ObjectStore, uri: str, name: str) -> Ref:
     return ref
 
 
+def list_names(store: ObjectStore) -> list[str]:
+    return sorted(path.removeprefix("refs/").removesuffix(".json") for path in list_paths(store, "refs") if path.endswith(".json"))
+
+
+def _name_datasets(store: ObjectStore) -> str:
+    names = list_names(store)
+    more = f" and {len(names) - NAMES_TOLD} more" if len(names) > NAMES_TOLD else ""
+    return f"it has {', '.join(map(repr, names[:NAMES_TOLD]))}{more}" if names else "it has no datasets"
+
+
 def list_refs(store: ObjectStore, uri: str) -> dict[str, Ref]:
-    paths = list_paths(store, "refs")
-    names = sorted(path.removeprefix("refs/").removesuffix(".json") for path in paths if path.endswith(".json"))
-    found = {name: read_ref(store, uri, name)[0] for name in names}
+    found = {name: read_ref(store, uri, name)[0] for name in list_names(store)}
     return {name: ref for name, ref in found.items() if ref is not None}
 
 
@@ -165,9 +177,25 @@ def resolve_version(store: ObjectStore, uri: str, wanted: str) -> str:
             return ref.version
     found = {path.removeprefix("manifests/").split(".")[0] for path in list_paths(store, "manifests")}
     matching = sorted(version for version in found if version.startswith(wanted.lower()))
-    hint = f"trainyard dataset list --store {uri}"
     if not matching or len(wanted) < 4:
+        hint = f"{_name_datasets(store)}; see them with: trainyard dataset list --store {uri}"
         raise TrainerError(f"{uri} has no dataset or version {wanted!r}", hint=hint, code=ExitCode.NOT_FOUND)
     if len(matching) > 1:
         raise TrainerError(f"{wanted!r} is the beginning of {len(matching)} versions", hint="give more of it", code=ExitCode.CONFIG)
     return matching[0]
+
+
+def find_version(uri: str, wanted: str) -> str:
+    """As `resolve_version`, of a store that is only looked at: a folder that is not there is not made."""
+    require_store(uri)
+    with told_plainly(uri):
+        return resolve_version(open_store(uri), uri, wanted)
+
+
+def require_store(uri: str) -> None:
+    """Raises TrainerError (NOT_FOUND) for a folder that is not there; a bucket answers for itself."""
+    if "://" in uri and not uri.startswith("file://"):
+        return
+    folder = to_path(uri).expanduser()
+    if not folder.is_dir():
+        raise TrainerError(f"there is no store at {folder}", hint="check --store; `dataset stage` makes one", code=ExitCode.NOT_FOUND)

@@ -59,12 +59,17 @@ class Scan:
             yield from ((path, self._look_at_wanted(path)) for path in self.only)
             return
         self._ignored = _read_ignored(self.root)
-        yield from self._below(str(self.root), "")
+        try:
+            yield from self._below(str(self.root), "")
+        except (FileNotFoundError, NotADirectoryError) as exc:
+            raise vanished_error(exc.filename) from exc
 
     def _look_at_wanted(self, path: str) -> Stat:
         full = f"{self.root}/{path}"
         try:
             found = self._look(full, path)
+        except FileNotFoundError as exc:
+            raise vanished_error(full) from exc
         except OSError as exc:
             raise TrainerError(f"cannot read {full}: {exc.strerror}", hint="check the dataset again", code=ExitCode.DATA) from exc
         if found is None:
@@ -119,6 +124,11 @@ class Scan:
     def _leave_out(self, kind: str, path: str) -> None:
         count, example = self.left_out.get(kind, (0, path))
         self.left_out[kind] = (count + 1, example)
+
+
+def vanished_error(full: str) -> TrainerError:
+    hint = "run it again when nothing deletes files there; what has arrived is not sent again"
+    return TrainerError(f"{full} vanished while the folder was staged", hint=hint, code=ExitCode.DATA)
 
 
 def _read_ignored(root: Path) -> Callable[[str], bool] | None:

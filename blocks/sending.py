@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blocks.reading import changed_error
-from blocks.scanning import Stat, stat_of
+from blocks.scanning import Stat, stat_of, vanished_error
 from trainer.storage import list_paths
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def put_file(store: ObjectStore, key: str, path: Path, found: Stat) -> None:
     except (BaseError, FileNotFoundError) as exc:
         # obstore repeats the end of an upload in parts where the answer is lost, and the store knows those parts no more.
         if not path.exists():
-            raise changed_error(str(path)) from exc
+            raise vanished_error(str(path)) from exc
         if not any(code in str(exc) for code in ("InvalidBlockList", "NoSuchUpload")):
             raise
         obstore.put(store, key, path, chunk_size=chunk_size, max_concurrency=PARTS_AT_ONCE)

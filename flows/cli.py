@@ -24,6 +24,7 @@ COMMANDS = {
     "cancel": ("flows.cli_runs", "Stop a run and wait for proof."),
     "resume": ("flows.cli_train", "Go on from the checkpoint of a run that failed or was stopped."),
     "dataset": ("flows.cli_dataset", "Check a dataset; stage it to a store, fetch it, list what a store has."),
+    "image": ("flows.cli_image", "The trainer image: build it, push it, list what a registry has."),
     "up": ("flows.cli_server", "Keep a Prefect server and a worker running here, with UI."),
     "down": ("flows.cli_server", "Stop what `trainyard up` keeps running."),
     "install": ("flows.cli_server", "Put what Trainyard needs on your own Prefect server."),

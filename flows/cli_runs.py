@@ -285,15 +285,21 @@ def is_over(record: RunRecord) -> bool:
 def check(profile: str, as_json: bool) -> None:
     """Check, free of charge, that PROFILE can train: software, disk, access."""
     if profile == "local":
-        provider = load_provider("local")
+        provider, profiled = load_provider("local"), None
     else:
         from flows import prefect_settings
 
         prefect_settings.apply_defaults()
         from blocks.profiles import load_profile
 
-        provider = load_profile(profile).provider()
+        profiled = load_profile(profile)
+        provider = profiled.provider()
     report = provider.check()
+    if profiled is not None and provider.CAPABILITIES.needs_image:
+        from blocks.image import check_image
+        from blocks.profiles import image_settings
+
+        report = report.model_copy(update={"lines": (*report.lines, check_image(image_settings(profiled)))})
     if as_json:
         details = {line.name: line.message for line in report.lines}
         message = "ready" if report.ok else "; ".join(f"{line.message}: {line.fix}" for line in report.lines if not line.ok)

@@ -34,10 +34,11 @@ STORE = click.option(
 )
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 SHOW_EVERY_SECONDS = 0.5
+LOG_EVERY_SECONDS = 10.0
 
 
 class Ticker:
-    """One line on a terminal that is written over, at most twice a second; nothing elsewhere."""
+    """One line on a terminal that is written over, at most twice a second; elsewhere, as in the log of a CI, a line now and then."""
 
     def __init__(self) -> None:
         self.started = self.shown = time.monotonic()
@@ -45,9 +46,10 @@ class Ticker:
 
     def show(self, text: Callable[[float], str]) -> None:
         now = time.monotonic()
-        if self.live and now - self.shown >= SHOW_EVERY_SECONDS:
+        if now - self.shown >= (SHOW_EVERY_SECONDS if self.live else LOG_EVERY_SECONDS):
             self.shown = now
-            click.echo(f"\r\x1b[K{text(now - self.started)}", nl=False, err=True)
+            line = text(now - self.started)
+            click.echo(f"\r\x1b[K{line}" if self.live else line, nl=not self.live, err=True)
 
     def end(self) -> None:
         if self.live and self.shown > self.started:
@@ -92,11 +94,12 @@ def stage(path: str, store_uri: str, name: str | None, again: bool, as_json: boo
 @AS_JSON
 def fetch(version: str, store_uri: str, folder: str, as_json: bool) -> None:
     """Bring VERSION (a version, the beginning of one, or a dataset's name) to a folder, every file's sha256 compared."""
+    from blocks.refs import find_version
     from trainer.fetching import fetch_version
 
     ticker = Ticker()
     started = time.monotonic()
-    fetched = fetch_version(store_uri, _resolve(store_uri, version), Path(folder).absolute(), ticker.on_bytes)
+    fetched = fetch_version(store_uri, find_version(store_uri, version), Path(folder).absolute(), ticker.on_bytes)
     ticker.end()
     seconds = time.monotonic() - started
     if as_json:
@@ -116,10 +119,11 @@ def fetch(version: str, store_uri: str, folder: str, as_json: bool) -> None:
 @AS_JSON
 def verify(version: str, store_uri: str, as_json: bool) -> None:
     """Read every file of VERSION in the store and compare its sha256."""
+    from blocks.refs import find_version
     from trainer.fetching import verify_version
 
     ticker = Ticker()
-    verified = verify_version(store_uri, _resolve(store_uri, version), ticker.on_bytes)
+    verified = verify_version(store_uri, find_version(store_uri, version), ticker.on_bytes)
     ticker.end()
     told: dict[str, Any] = {"version": verified.version, "files": verified.files, "bytes": verified.bytes}
     click.echo(
@@ -136,7 +140,7 @@ def list_command(store_uri: str, as_json: bool) -> None:
     """List the datasets of a store."""
     import msgspec
 
-    from blocks.refs import list_refs
+    from blocks.refs import list_refs, require_store
     from trainer.storage import open_store, told_plainly
 
     require_store(store_uri)
@@ -161,10 +165,11 @@ def show(version: str, store_uri: str, as_json: bool) -> None:
     """Show one VERSION: how much it is, where it lies, and its folders."""
     from collections import Counter
 
+    from blocks.refs import find_version
     from trainer.fetching import read_version
     from trainer.storage import open_store, told_plainly
 
-    wanted = _resolve(store_uri, version)
+    wanted = find_version(store_uri, version)
     folders: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     packs: set[str] = set()
@@ -203,24 +208,3 @@ def show(version: str, store_uri: str, as_json: bool) -> None:
     print_table(
         "largest folders", ("folder", "files", "size"), [(name, folders[name], format_bytes(size)) for name, size in sizes.most_common(20)]
     )
-
-
-def require_store(store_uri: str) -> None:
-    """Who only looks makes no folder. Raises TrainerError (NOT_FOUND) for a folder that is not there; a bucket answers for itself."""
-    from trainer.errors import ExitCode, TrainerError
-    from trainer.storage import to_path
-
-    if "://" in store_uri and not store_uri.startswith("file://"):
-        return
-    folder = to_path(store_uri).expanduser()
-    if not folder.is_dir():
-        raise TrainerError(f"there is no store at {folder}", hint="check --store; `dataset stage` makes one", code=ExitCode.NOT_FOUND)
-
-
-def _resolve(store_uri: str, version: str) -> str:
-    from blocks.refs import resolve_version
-    from trainer.storage import open_store, told_plainly
-
-    require_store(store_uri)
-    with told_plainly(store_uri):
-        return resolve_version(open_store(store_uri), store_uri, version)

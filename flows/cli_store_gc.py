@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.cli_clean import Age, is_wanted
-from flows.cli_store import AS_JSON, STORE, format_bytes, require_store
+from flows.cli_store import AS_JSON, STORE, format_bytes
 
 if TYPE_CHECKING:
     from blocks.garbage import CollectionPlan
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 def rm(name: str, store_uri: str, yes: bool) -> None:
     """Take the dataset NAME out of a store. `gc` then frees what no other dataset and no run needs."""
-    from blocks.refs import delete_ref, read_ref
+    from blocks.refs import delete_ref, read_ref, require_store
     from trainer.storage import open_store, told_plainly
 
     require_store(store_uri)
@@ -53,6 +53,7 @@ def rm(name: str, store_uri: str, yes: bool) -> None:
 def gc_command(store_uri: str, grace: timedelta, keep_previous: int, keep_previous_for: timedelta | None, yes: bool, as_json: bool) -> None:
     """Free what no dataset, run or pin of a store needs. With --json it deletes only with --yes."""
     from blocks.garbage import Policy, collect, open_marker, plan_collection, versions_of_open_runs
+    from blocks.refs import require_store
     from trainer.contract import utc_now
     from trainer.storage import told_plainly
 

@@ -12,6 +12,7 @@ from blocks.errors import ConfigError
 from blocks.job import JobState, TrainRequest, canonical_json
 from flows.cli_completion import dataset_argument, run_argument
 from flows.requesting import build_request, request_options, require_files
+from trainer.contract import TrainyardError
 
 DEMO = {
     "config": {
@@ -41,12 +42,17 @@ def train(dataset: str, new: bool, run_key: str | None, as_json: bool, **options
 
     Killed or closed, the training goes on; the same command attaches to it again.
     """
-    from flows.running import run_and_print, run_claimed, run_keyed
+    from flows.running import print_failure, run_and_print, run_claimed, run_keyed
 
     if new and run_key:
         raise click.UsageError("--new and --run-key exclude each other: a key stands for one run")
     request = build_request(dataset, options)
-    require_files(request)
+    try:
+        require_files(request)
+    except TrainyardError as exc:
+        if as_json:
+            print_failure(exc, None)
+        raise
     if run_key:
         run_keyed(request, run_key, as_json)
     elif new:
@@ -71,7 +77,7 @@ def plan(dataset: str, emit: bool, as_json: bool, **options: Any) -> None:
     elif as_json:
         click.echo(drafted.model_dump_json(indent=2))
     else:
-        click.echo(f"dataset   {describe_draft_dataset(index, dataset)}")
+        click.echo(f"dataset   {describe_draft_dataset(index, drafted.spec.dataset)}")
         click.echo(f"provider  {drafted.provider}, {drafted.instance_type}, {drafted.region}")
         price = f"${drafted.price.usd_per_hour}/h ({drafted.price.source}, {drafted.price.as_of})" if drafted.price else "unknown"
         click.echo(

@@ -144,7 +144,7 @@ def _stage(
         teller.end(f"staged to {store.uri}: {describe_staged(staged)}")
     elif split_staged(request.dataset):
         ref = find_staged(request.dataset, store.endpoint, index_uri, check)
-        logger.info("trains on version %s of %s, %d files", ref.version[:12], request.dataset, ref.image_count)
+        logger.info("trains on version %s of %s, %d images", ref.version[:12], request.dataset, ref.image_count)
     else:
         ref, staged = register(request, store, index_uri, check, logger.info)
         logger.info("registered in %s, no image moved: %s", store.uri, describe_staged(staged))

@@ -98,8 +98,13 @@ def build_request(dataset: str, options: dict[str, Any]) -> TrainRequest:
 
 def require_files(request: TrainRequest) -> None:
     """What is not there is said at once, before Prefect is loaded and a temporary server started."""
+    from blocks.dataset_sources import split_staged  # loads the store's library's users, which a completed option does not need
+    from blocks.refs import find_version
+
     if "://" not in request.dataset and not Path(request.dataset).exists():
         raise TrainerError(f"there is no dataset at {request.dataset}", hint="give the folder of the dataset", code=ExitCode.NOT_FOUND)
+    if (staged := split_staged(request.dataset)) and request.profile == "local":  # others are saved, and may say how to reach the store
+        find_version(*staged)
     if request.labels is not None and not Path(request.labels).exists():
         hint = "give the folder or COCO file that holds the labels"
         raise TrainerError(f"labels: there is nothing at {request.labels}", hint=hint, code=ExitCode.NOT_FOUND)

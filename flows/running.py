@@ -119,7 +119,7 @@ def run_and_print(
         raise
     except TrainyardError as exc:
         if as_json:
-            print_failure(exc, display.record.run_id if display.record else run_id)
+            print_failure(exc, recorded(display.record.run_id if display.record else run_id))
         raise
     except (httpx.HTTPError, RuntimeError) as exc:
         if isinstance(exc, RuntimeError) and "Failed to reach API" not in str(exc):
@@ -127,7 +127,7 @@ def run_and_print(
         found = find_without_server(exc, display.record, request)
         if isinstance(found, TrainyardError):
             if as_json:
-                print_failure(found, display.record.run_id if display.record else run_id)
+                print_failure(found, recorded(display.record.run_id if display.record else run_id))
             raise found from exc
         summary = found
     print_result(summary, as_json)
@@ -192,6 +192,11 @@ def tell_detached(record: RunRecord) -> None:
 
 
 # --- The result -------------------------------------------------------------------------------------------
+
+
+def recorded(run_id: str | None) -> str | None:
+    """The id where such a run was written down: what is refused before that is no run."""
+    return run_id if run_id and any(RunRecord(uri, run_id).exists() for uri in known_outputs()) else None
 
 
 def print_failure(exc: TrainyardError, run_id: str | None) -> None:

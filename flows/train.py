@@ -6,6 +6,7 @@ machine that sees the run's folder. What stops a job is a person, its deadline o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ from blocks.naming import display_name
 from blocks.profiles import LocalProfile, load_profile
 from blocks.provider import Provider
 from blocks.record import RunFile, RunRecord, default_output_uri
-from flows import job_tasks, reporting
+from flows import image as image_tasks, job_tasks, reporting
 from flows.cancelling import cancel_job, stop_if_cancelled
 from flows.identity import choose_run_id
 from flows.reporting_text import describe_result
@@ -149,14 +150,18 @@ def go_through(
     """From whatever the record holds to the result."""
     provider = profile.provider()
     listener = LISTENER.get()
-    index = source = None
+    index = source = image = None
     if not record.exists():
         # What is refused is refused before anything is written.
         job_tasks.check_provider(provider, record.output_uri)
         index = job_tasks.read_dataset(request)
         if request.stage or index is None:
             source = job_tasks.stage_dataset(profile, request, record, index, listener)
+        image = image_tasks.image_of_run(profile, provider, record)
     run = job_tasks.open_run(record, request, provider, flow_run_id, index, source)
+
+    def find_image() -> str | None:
+        return image or image_tasks.image_of_run(profile, provider, record)
 
     def on_status(status: JobStatus) -> None:
         if beat():
@@ -166,7 +171,7 @@ def go_through(
     step = next_step_of(record, max_attempts=request.max_attempts, resume=resume and may_resume(record, flow_run_id))
     try:
         while step.action is not Action.DONE:
-            run_attempt(provider, record, run, request, step, on_status)
+            run_attempt(provider, record, run, request, step, on_status, find_image)
             step = next_step_of(record, max_attempts=request.max_attempts)
         job_tasks.release_dataset(profile, record)
         result = result_of(record, step)
@@ -178,7 +183,15 @@ def go_through(
     return run, result
 
 
-def run_attempt(provider: Provider[Any], record: RunRecord, run: RunFile, request: TrainRequest, step: Step, listener: Listener) -> None:
+def run_attempt(
+    provider: Provider[Any],
+    record: RunRecord,
+    run: RunFile,
+    request: TrainRequest,
+    step: Step,
+    listener: Listener,
+    image: Callable[[], str | None],
+) -> None:
     """One attempt from its plan to its outcome. An open attempt is adopted: its dataset may not be on this machine."""
     plan = record.plan(step.attempt)
     if plan is None:
@@ -190,6 +203,7 @@ def run_attempt(provider: Provider[Any], record: RunRecord, run: RunFile, reques
             dataset=record.dataset_ref(),
             resources=request.resources,
             output_uri=record.output_uri,
+            image=image(),
             max_runtime_seconds=request.max_runtime_seconds,
             max_cost_usd=request.max_cost_usd,
             owner=run.owner,

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from trainer.errors import (
     EXIT_REASONS as EXIT_REASONS,
@@ -24,7 +24,7 @@ from trainer.errors import (
 from trainer.files import ENV_HOME as ENV_HOME, utc_now as utc_now
 from trainer.records import STORED as STORED, StoredRecord as StoredRecord, UserInput as UserInput
 
-CONTRACT_VERSION = 2  # 2: datasets in a store
+CONTRACT_VERSION = 3  # 2: datasets in a store; 3: results go to a store
 
 
 # --- What to train -----------------------------------------------------------------------------
@@ -152,7 +152,27 @@ class TrainJob(StoredRecord):
     dataset: DatasetRef
     cache_dir: str | None = Field(default=None, description="Where this machine keeps fetched datasets. None: for this job alone.")
     cache_limit_gib: float | None = Field(default=None, description="Least recently used versions leave the cache above this.")
+    output_uri: str | None = Field(
+        default=None, description="The run's record, <output>/<run_id>, where a container keeps it. None: the attempt's folder is in it."
+    )
     fingerprint: str = ""
+
+
+def parse_job(text: bytes, place: str) -> TrainJob:
+    """The job that `place` holds. Raises TrainerError (CONFIG) where it is none, or of a newer launcher."""
+    try:
+        job = TrainJob.model_validate_json(text)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise TrainerError(f"{place} is not a job: {field}: {first['msg']}", code=ExitCode.CONFIG) from exc
+    if job.contract_version > CONTRACT_VERSION:
+        raise TrainerError(
+            f"the job speaks contract version {job.contract_version}, this trainer knows {CONTRACT_VERSION}",
+            hint="use a trainer, or an image, of the launcher's version",
+            code=ExitCode.CONFIG,
+        )
+    return job
 
 
 # --- How far it is ---------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def fetch_version(
     Raises TrainerError: NOT_FOUND, DATA (damaged or hostile), DISK_FULL, OCCUPIED (`to` holds something else),
     CONFIG (a file system that takes two names for one), PERMISSION and UNAVAILABLE from the store.
     """
-    with told_plainly(store_uri), folders_told_plainly():
+    with told_plainly(store_uri), folders_told_plainly(), _named_in_hints(store_uri):
         store = open_store(store_uri)
         with holding(to.with_name(f"{to.name}.lock"), on_wait):
             header, files = read_version(store, version)
@@ -149,6 +149,17 @@ def fetch_version(
             return got
 
 
+@contextlib.contextmanager
+def _named_in_hints(store_uri: str) -> Iterator[None]:
+    """Who finds an object damaged knows its key, not the store's URI."""
+    try:
+        yield
+    except TrainerError as exc:
+        if exc.hint == STAGE_AGAIN:
+            exc.hint = STAGE_AGAIN.replace("STORE", store_uri)
+        raise
+
+
 def _is_whole(folder: Path, files: Iterator[StagedFile]) -> bool:
     """By size, as a rename has proven the content. Makes nothing; reads all of `files` only where it is whole."""
     try:
@@ -163,7 +174,8 @@ def verify_version(store_uri: str, version: str, on_progress: Progress | None = 
 
     Files in place have no sha256 that is known: their store is asked whether they are as they were registered.
     """
-    with told_plainly(store_uri), folders_told_plainly(), tempfile.TemporaryDirectory(prefix="trainyard-") as scratch:
+    scratch_folder = tempfile.TemporaryDirectory(prefix="trainyard-")
+    with told_plainly(store_uri), folders_told_plainly(), _named_in_hints(store_uri), scratch_folder as scratch:
         store = open_store(store_uri)
         header, files = read_version(store, version)
         reader = RangeReader(open_store(store_uri, "fetch"))

@@ -71,8 +71,8 @@ def holding(path: Path, on_wait: Callable[[str], None] | None) -> Iterator[None]
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
-        path.unlink(missing_ok=True)
     finally:
+        path.unlink(missing_ok=True)  # while it is held, so that it is this very file; who waits for it sees that it is gone
         os.close(lock)
 
 

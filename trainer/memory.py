@@ -18,21 +18,29 @@ def read_available_memory(root: Path = Path("/")) -> int | None:
     return min(available, default=None)
 
 
-def _read_groups(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use of each control group with a limit, from the own one up. A container sees its own as the topmost."""
+_NAMES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+
+
+def own_groups(root: Path) -> Iterator[tuple[int, Path, Path]]:
+    """This process's memory control groups: version, folder, topmost folder (the own one inside a container). See cgroups(7)."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            top, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        inner = top / path.strip("/")
+        if controllers == "" or "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+            yield 1 if controllers else 2, top / path.strip("/"), top
+
+
+def _read_groups(root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and use of each control group with a limit, from the own one up. A container sees its own as the topmost."""
+    for version, inner, top in own_groups(root):
+        names = _NAMES[version]
         for folder in (inner, *inner.parents):
             if folder.is_relative_to(top) and (group := _read_group(folder, *names)):
                 yield group

@@ -155,15 +155,20 @@ class Mirror:
 
     def _refuse_newer_attempt(self) -> None:
         parent, _, number = self.objects.uri.rpartition("/")
-        attempts = ObjectFolder(parent)
-        numbers = sorted(int(name) for name in attempts.names() if name.isdigit() and int(name) > int(number))
-        newer = [one for one in numbers if attempts.get(f"{one}/{AttemptLayout.PLAN}") is not None]
-        if newer:
-            raise TrainerError(
-                f"a newer attempt exists ({newer[-1]}), so attempt {number} keeps its result back",
-                hint="follow the newer attempt, which goes on from this one's checkpoints",
-                code=ExitCode.OCCUPIED,
-            )
+        refuse_newer_attempt(ObjectFolder(parent), int(number))
+
+
+def refuse_newer_attempt(attempts: ObjectFolder, number: int) -> None:
+    """Raises TrainerError (OCCUPIED) where a later attempt of the run was planned: its result counts, not this one's."""
+    numbers = sorted((int(name) for name in attempts.names() if name.isdigit() and int(name) > number), reverse=True)
+    begun = (AttemptLayout.PLAN, AttemptLayout.CONFIG)
+    newest = next((one for one in numbers if any(attempts.get(f"{one}/{name}") is not None for name in begun)), None)
+    if newest is not None:
+        raise TrainerError(
+            f"a newer attempt exists ({newest}), so attempt {number} keeps its result back",
+            hint="follow the newer attempt, which goes on from this one's checkpoints",
+            code=ExitCode.OCCUPIED,
+        )
 
 
 def pull_checkpoints(run_uri: str, folder: Path) -> Path | None:

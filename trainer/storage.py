@@ -152,9 +152,11 @@ def folders_told_plainly() -> Iterator[None]:
             raise  # of the store, and for `told_plainly` to explain
         code = ExitCode.DISK_FULL if exc.errno in DISK_FULL else ExitCode.OCCUPIED
         code = ExitCode.PERMISSION if isinstance(exc, PermissionError) else code
-        hint = (
-            "free some space, or choose another folder" if code is ExitCode.DISK_FULL else "mend its permissions, or choose another folder"
-        )
+        hint = "mend its permissions, or choose another folder"
+        if code is ExitCode.DISK_FULL:
+            hint = "free some space, or choose another folder"
+        elif isinstance(exc, FileNotFoundError):
+            hint = "it vanished meanwhile: run it again when nothing deletes it"
         raise TrainerError(f"{exc.filename or 'a folder'}: {exc.strerror or exc}", hint=hint, code=code) from exc
 
 

@@ -38,10 +38,12 @@ from trainer.contract import (
 )
 from trainer.files import read_json, write_json
 from trainer.locks import try_lock
+from trainer.memory import own_groups
 
 TICK_SECONDS = 0.2
 QUEUE_TICK_SECONDS = 0.5
 LOCK_PATIENCE_SECONDS = 2.0  # longer than any prober holds the lock
+WORKER_LOST = "DataLoader worker"  # torch's words for one that is gone
 
 log = logging.getLogger("trainer")
 
@@ -54,11 +56,25 @@ class Limits:
     grace_seconds: float = 8.0
 
 
+class StopNote:
+    """SIGTERM and SIGINT, noted from `listen` on. The first process of a container gets neither before it."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = number
+
+
 @dataclass
 class Supervisor:
     folder: Path
     limits: Limits
-    stop_signal: int | None = None
+    stop: StopNote = field(default_factory=StopNote)
     started_at: datetime = field(default_factory=utc_now)
 
     def __post_init__(self) -> None:
@@ -70,8 +86,7 @@ class Supervisor:
         if lock is None:
             announce(ready_fd, "occupied")
             return ExitCode.OCCUPIED
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note_signal)
+        self.stop.listen()
         job = TrainJob.model_validate_json((self.attempt / AttemptLayout.CONFIG).read_bytes())
         process = psutil.Process()
         write_json(
@@ -86,7 +101,7 @@ class Supervisor:
             ),
         )
         announce(ready_fd, "ready")
-        self._log_to_file()
+        log_to_file(self.attempt / AttemptLayout.LOG)
         record = self._live(job, lock)
         write_json(self.attempt / AttemptLayout.EXIT, record)
         return record.exit_code
@@ -105,7 +120,7 @@ class Supervisor:
 
     def _live(self, job: TrainJob, lock: int) -> ExitRecord:
         slot = self._wait_for_slot(job)
-        if slot is None and self.limits.slots_dir is not None:
+        if self._stop_wanted():
             return self._stopped_before_start()
         oom_kills = read_oom_kills()
         fit = self._spawn([lock] if slot is None else [lock, slot])
@@ -147,7 +162,7 @@ class Supervisor:
         return ExitRecord(
             exit_code=ExitCode.PREEMPTED,
             reason=None if self._cancelled() else FailureReason.PREEMPTED,
-            message="stopped while it waited for the machine",
+            message="stopped before the training started",
             cancelled=self._cancelled(),
             started_at=self.started_at,
         )
@@ -178,6 +193,7 @@ class Supervisor:
                 fit.wait(TICK_SECONDS)
                 kill_group(fit.pid)  # data loaders must not outlive the fit
                 return timed_out
+            reap_orphans(fit.pid)
             now = time.monotonic()
             timed_out = timed_out or now > deadline
             if (timed_out or self._stop_wanted()) and kill_at == float("inf"):
@@ -189,14 +205,11 @@ class Supervisor:
                 kill_group(fit.pid)
                 kill_at = now + self.limits.grace_seconds
 
-    def _note_signal(self, number: int, _frame: FrameType | None) -> None:
-        self.stop_signal = number
-
     def _cancelled(self) -> bool:
         return (self.attempt / AttemptLayout.STOP).exists()
 
     def _stop_wanted(self) -> bool:
-        return self.stop_signal is not None or self._cancelled()
+        return self.stop.signal is not None or self._cancelled()
 
     # --- How it ended --------------------------------------------------------------------------------
 
@@ -209,7 +222,7 @@ class Supervisor:
             code, reason = ExitCode.TIMEOUT, FailureReason.TIMEOUT
             message = f"stopped after its maximum run time of {self.limits.max_runtime_seconds:.0f} s; {message}"
             hint = "raise --max-runtime-seconds; `trainyard resume` goes on from the checkpoint"
-        elif stopped and self.stop_signal is not None and not cancelled:
+        elif stopped and self.stop.signal is not None and not cancelled:
             code, reason = ExitCode.PREEMPTED, FailureReason.PREEMPTED
         return ExitRecord(
             exit_code=code,
@@ -222,13 +235,16 @@ class Supervisor:
             phase_seconds=read_json(self.attempt / "phases.json") or {},
         )
 
-    def _log_to_file(self) -> None:
-        path = self.attempt / AttemptLayout.LOG
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path)
-        handler.setFormatter(logging.Formatter("%(asctime)s supervisor: %(message)s", "%Y-%m-%dT%H:%M:%S"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
+
+def log_to_file(path: Path) -> None:
+    """The supervisor's words among those of the fit."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if any(isinstance(handler, logging.FileHandler) and handler.baseFilename == str(path) for handler in log.handlers):
+        return
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s supervisor: %(message)s", "%Y-%m-%dT%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
 
 
 def explain_exit(returncode: int, failure: dict[str, str], *, oom_killed: bool) -> tuple[int, FailureReason | None, str, str]:
@@ -238,11 +254,14 @@ def explain_exit(returncode: int, failure: dict[str, str], *, oom_killed: bool) 
     """
     if returncode == 0:
         return ExitCode.OK, None, "", ""
+    hint = "use a smaller batch size, image size or number of workers, or a machine with more memory"
+    if oom_killed and WORKER_LOST in failure.get("message", ""):
+        message = "the system killed a data-loading process: out of memory"
+        return ExitCode.OUT_OF_MEMORY, FailureReason.OUT_OF_MEMORY, message, hint
     if failure and returncode > 0:
         reason = EXIT_REASONS.get(returncode, FailureReason.USER_CODE)
         return returncode, reason, failure.get("message", ""), failure.get("hint", "")
     if returncode == -signal.SIGKILL and oom_killed:
-        hint = "use a smaller batch size, image size or number of workers, or a machine with more memory"
         return ExitCode.OUT_OF_MEMORY, FailureReason.OUT_OF_MEMORY, "the system killed the training: out of memory", hint
     if returncode < 0:
         name = signal.Signals(-returncode).name
@@ -259,13 +278,25 @@ def kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def read_oom_kills() -> int:
-    """How often the kernel killed for want of memory: in this control group where it counts, else on the machine (proc(5), cgroups v2)."""
-    for path, key in ((Path("/sys/fs/cgroup/memory.events"), "oom_kill"), (Path("/proc/vmstat"), "oom_kill")):
-        if path.exists():
+def reap_orphans(fit: int) -> None:
+    """Takes leave of ended processes that the kernel handed to this one, as it does to a container's first, before the fit ends."""
+    with contextlib.suppress(ChildProcessError):
+        # Looked at first: how the fit ended is for its Popen to learn.
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != fit:
+            os.waitpid(ended.si_pid, 0)
+
+
+def read_oom_kills(root: Path = Path("/")) -> int:
+    """How often the kernel killed for want of memory: in this control group where that counts, else on the machine.
+
+    ``memory.events`` is of version 2 (cgroups(7)), ``memory.oom_control`` of version 1.
+    """
+    groups = [group for _, inner, top in own_groups(root) for group in (inner, top)]
+    for path in (*(group / name for group in groups for name in ("memory.events", "memory.oom_control")), root / "proc/vmstat"):
+        if path.is_file():
             for line in path.read_text().splitlines():
                 name, _, value = line.partition(" ")
-                if name == key:
+                if name == "oom_kill":
                     return int(value)
     return 0
 

@@ -17,11 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from trainer.checkpoint import Checkpoint, find_best, find_checkpoint, list_checkpoints
 from trainer.contract import (
-    CONTRACT_VERSION,
     EXIT_REASONS,
     AttemptLayout,
     ExitCode,
@@ -30,13 +27,16 @@ from trainer.contract import (
     ResultManifest,
     TrainerError,
     TrainJob,
+    parse_job,
 )
 from trainer.dataset_source import open_data
 from trainer.files import DISK_FULL, write_json
 from trainer.frameworks import FitContext, FrameworkTrainer, get_trainer
+from trainer.mirror import refuse_newer_attempt
 from trainer.progress import ProgressWriter
 from trainer.result import build_manifest, choose_samples, write_evaluation, write_metrics, write_samples
 from trainer.stopping import Stopper, StopRequested
+from trainer.storage import ObjectFolder
 
 PHASES = "phases.json"
 log = logging.getLogger("trainer")
@@ -65,40 +65,21 @@ class PhaseClock:
 def read_job(layout: AttemptLayout) -> TrainJob:
     path = layout / AttemptLayout.CONFIG
     try:
-        job = TrainJob.model_validate_json(path.read_bytes())
+        text = path.read_bytes()
     except FileNotFoundError as exc:
         raise TrainerError(f"{path} does not exist", hint="give the folder of an attempt", code=ExitCode.CONFIG) from exc
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise TrainerError(f"{path.name} is not a job: {place}: {first['msg']}", code=ExitCode.CONFIG) from exc
-    if job.contract_version > CONTRACT_VERSION:
-        raise TrainerError(
-            f"the job speaks contract version {job.contract_version}, this trainer knows {CONTRACT_VERSION}",
-            hint="use a trainer of the launcher's version",
-            code=ExitCode.CONFIG,
-        )
-    return job
+    return parse_job(text, path.name)
 
 
-def refuse_newer_attempt(layout: AttemptLayout) -> None:
-    """Raises TrainerError (OCCUPIED) where a later attempt of the run was planned: its result counts, not this one's."""
-    others = [AttemptLayout(path) for path in layout.folder.parent.iterdir() if path.name.isdigit()]
-    begun = [one.number for one in others if (one / AttemptLayout.PLAN).exists() or (one / AttemptLayout.CONFIG).exists()]
-    newest = max(begun, default=layout.number)
-    if newest > layout.number:
-        raise TrainerError(
-            f"a newer attempt exists ({newest}), so attempt {layout.number} keeps its result back",
-            hint="follow the newer attempt, which goes on from this one's checkpoints",
-            code=ExitCode.OCCUPIED,
-        )
+def attempts_of(layout: AttemptLayout) -> ObjectFolder:
+    return ObjectFolder(layout.folder.parent.as_uri())
 
 
 def write_manifest(layout: AttemptLayout, manifest: ResultManifest) -> None:
     """The last write of a fit. Taken back where a newer attempt was planned meanwhile, which may not have seen it."""
     write_json(layout / AttemptLayout.MANIFEST, manifest)
     try:
-        refuse_newer_attempt(layout)
+        refuse_newer_attempt(attempts_of(layout), layout.number)
     except TrainerError:
         (layout / AttemptLayout.MANIFEST).unlink()
         raise
@@ -162,7 +143,7 @@ def _fit(context: FitContext, clock: PhaseClock) -> ResultManifest:
         context.progress.update(phase=Phase.FINISHING, message="checking data and attempt, writing the manifest")
         context.stopper.check()
         context.refuse_changed_data()
-        refuse_newer_attempt(context.layout)
+        refuse_newer_attempt(attempts_of(context.layout), context.layout.number)
         with context.stopper.deferred():
             write_manifest(context.layout, manifest)
             context.progress.update(message="done", eta_seconds=0.0)

@@ -36,10 +36,19 @@ async function fill(values) {
   }
 }
 
-async function submit() {
-  const created = page.waitForResponse((answer) => answer.url().includes("/create_flow_run") && answer.status() < 300);
-  await page.getByRole("button", { name: "Submit" }).click();
-  return (await (await created).json()).id;
+// Fills and sends the form. The page can put its defaults over what was typed before it had loaded, and then refuses the form: typed again, as a person would.
+async function submit(values) {
+  const creates = (message) => message.url().includes("/create_flow_run");
+  for (let attempt = 1; ; attempt++) {
+    await fill(values);
+    const sent = page.waitForRequest(creates, { timeout: 15_000 }).catch(() => null);
+    await page.getByRole("button", { name: "Submit" }).click();
+    const answer = await (await sent)?.response();
+    if (answer?.ok()) return (await answer.json()).id;
+    const why = answer ? `${answer.status()} ${await answer.text()}` : await page.locator("body").innerText();
+    if (answer || attempt === 3) throw new Error(`no run was created: ${why}`);
+    tell("typed-again", { page: why });
+  }
 }
 
 async function openRun(id, tab = "Logs") {
@@ -69,8 +78,7 @@ const steps = {
   },
   async train() {
     await openForm();
-    await fill(given.fields);
-    const id = await submit();
+    const id = await submit(given.fields);
     tell("submitted", { id });
     await openRun(id);
     await page.getByText(/^epoch \d+\/\d+$/).first().waitFor({ timeout: 120_000 });
@@ -91,8 +99,7 @@ const steps = {
   },
   async cancel() {
     await openForm();
-    await fill({ ...given.fields, Epochs: 5000 });
-    const id = await submit();
+    const id = await submit({ ...given.fields, Epochs: 5000 });
     tell("submitted-long", { id });
     await openRun(id);
     await page.getByText(/^epoch \d+\/\d+$/).first().waitFor({ timeout: 120_000 });

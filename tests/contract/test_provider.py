@@ -26,6 +26,18 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     made.stop_everything()
 
 
+@pytest.fixture(params=sorted(RIGS), scope="module")
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rig, Plan, JobRef]:
+    """A job that is over, for tests that only look at what it left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRAINYARD_TEST_TOKEN", SECRET)
+        made = RIGS[request.param](tmp_path_factory.mktemp("finished") / "home")
+        plan = made.provider.plan(made.spec("over01"))
+        ref = made.provider.submit(plan)
+        made.finish(ref)
+    return made, plan, ref
+
+
 def test_life_of_a_job(rig: Rig) -> None:
     """States in order, logs without loss, a verified result, and refusal of a tampered one."""
     plan = rig.provider.plan(rig.spec("life01"))
@@ -158,20 +170,20 @@ def test_check_names_what_to_do(rig: Rig) -> None:
     assert {line.name for line in report.lines}
 
 
-def test_no_secret_in_what_is_stored_or_shown(rig: Rig) -> None:
-    plan = rig.provider.plan(rig.spec("quiet1"))
-    ref = rig.provider.submit(plan)
-    rig.finish(ref)
+def test_no_secret_in_what_is_stored_or_shown(finished: tuple[Rig, Plan, JobRef]) -> None:
+    rig, plan, ref = finished
     texts = [repr(plan), repr(ref), repr(rig.provider.settings), plan.model_dump_json()]
     texts += [path.read_text(errors="replace") for path in to_path(ref.output_uri).rglob("*") if path.is_file()]
     assert not [text[:200] for text in texts if SECRET in text]
 
 
-def test_manifest_of_another_attempt_is_refused(rig: Rig) -> None:
-    ref = rig.provider.submit(rig.provider.plan(rig.spec("fence1")))
-    rig.finish(ref)
+def test_manifest_of_another_attempt_is_refused(finished: tuple[Rig, Plan, JobRef]) -> None:
+    rig, _, ref = finished
+    assert rig.provider.collect(ref).outcome == "complete"
     path = to_path(ref.output_uri) / AttemptLayout.MANIFEST
     manifest = ResultManifest.model_validate_json(path.read_bytes())
+    before = path.read_text()
     path.write_text(manifest.model_copy(update={"attempt": 7}).model_dump_json())
     with pytest.raises(ResultMissing, match="attempt 7"):
         rig.provider.collect(ref)
+    path.write_text(before)

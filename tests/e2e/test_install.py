@@ -53,8 +53,9 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     data, port = folder / "data", free_port()
     if user is not None:
         shutil.chown(folder, user)
+        # pytest's own folders: one more of them where several processes test.
         for parent in folder.parents:
-            if parent.stat().st_uid == os.getuid() and parent.is_relative_to(tmp_path_factory.getbasetemp().parent):
+            if parent.stat().st_uid == os.getuid() and parent.is_relative_to(tmp_path_factory.getbasetemp().parents[1]):
                 parent.chmod(parent.stat().st_mode | 0o011)
 
     def run(*command: str) -> None:

@@ -158,7 +158,7 @@ def test_a_profile_names_store_address_and_credentials(stack: Stack, tmp_path: P
         (["s3://bucket/images", "--labels", "{shapes}/none"], ExitCode.NOT_FOUND, "there is nothing at"),
         (["{shapes}", "--stage", "--store", "ftp://host/x"], ExitCode.CONFIG, "is no object store"),
         (["{shapes}", "--stage", "--store", "{a_file}/store"], ExitCode.OCCUPIED, "cannot write"),
-        (["{store}#shapes"], ExitCode.NOT_FOUND, "no dataset or version"),
+        (["{store}#shapes"], ExitCode.NOT_FOUND, "there is no store at"),
     ],
 )
 def test_what_cannot_be_staged_is_told_in_one_screen(

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from blocks.dataset_sources import StoreChoice, choose_store, dataset_name, split_staged, stage_index
+from blocks.dataset_sources import StoreChoice, choose_store, dataset_name, find_staged, register, split_staged, stage_index
 from blocks.job import TrainRequest
 from blocks.refs import list_refs
+from blocks.staging import stage_folder
 from tests.datasets import yolo
-from trainer.contract import ExitCode, TrainerError
+from trainer.contract import DatasetCheck, ExitCode, TrainerError
 from trainer.dataset import check_dataset
 from trainer.fetching import fetch_version
 from trainer.storage import open_store
@@ -97,3 +98,13 @@ def test_a_link_out_of_the_folder_is_refused_and_not_followed(tmp_path: Path) ->
     image.symlink_to(tmp_path / "elsewhere.png")
     with pytest.raises(TrainerError, match="link that leads out of the folder"):
         stage_index(check_dataset(root), StoreChoice((tmp_path / "store").as_uri()), "")
+
+
+def test_images_of_a_set_that_nobody_has_checked_are_counted_without_labels(tmp_path: Path) -> None:
+    """``image_count`` of what lies staged, and of what is registered."""
+    root, store = make_cells(tmp_path), (tmp_path / "store").as_uri()
+    images = len(list((root / "images").rglob("*.png")))
+    stage_folder(root, store)
+    assert find_staged(f"{store}#cells", None, "", DatasetCheck()).image_count == images
+    request = TrainRequest(dataset=root.as_uri(), store=store)
+    assert register(request, StoreChoice(store), "", DatasetCheck())[0].image_count == images

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,17 @@ def test_a_line_that_is_no_pattern_is_named(tmp_path: Path, pattern: str) -> Non
     with pytest.raises(TrainerError, match=r"line 2: .* is no pattern") as refused:
         paths(tmp_path)
     assert refused.value.code == ExitCode.DATA
+
+
+@pytest.mark.parametrize("gone", ["a/2.txt", "b"])
+def test_what_vanishes_during_the_walk_is_told_as_gone(tmp_path: Path, gone: str) -> None:
+    for name in ("a/1.txt", "a/2.txt", "b/1.txt", "b/2.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = Scan(tmp_path).files()
+    assert next(found)[0] == "a/1.txt"
+    victim = tmp_path / gone
+    shutil.rmtree(victim) if victim.is_dir() else victim.unlink()
+    with pytest.raises(TrainerError, match=f"{gone} vanished while the folder was staged") as told:
+        list(found)
+    assert (told.value.code, "run it again" in (told.value.hint or "")) == (ExitCode.DATA, True)

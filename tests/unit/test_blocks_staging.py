@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blocks.reading import Read
+from blocks.reading import Read, read_file
 from blocks.scanning import Stat, stat_of
 from blocks.sending import put_file
 from blocks.staging import TAKE_BYTES, stage_folder, take_read
@@ -62,11 +62,16 @@ def test_a_store_within_the_folder_is_left_out_of_it(tmp_path: Path, monkeypatch
         stage_folder(tmp_path / "set", str(tmp_path / "link"))
 
 
-def test_a_large_file_that_goes_away_meanwhile_has_changed(tmp_path: Path) -> None:
+def test_a_large_file_that_goes_away_meanwhile_is_told_as_gone(tmp_path: Path) -> None:
     file = tmp_path / "large.bin"
     file.write_bytes(b"x" * 100)
     found = stat_of(file.stat())
     store = open_store((tmp_path / "store").as_uri())
     file.unlink()
-    with pytest.raises(TrainerError, match="changed while it was staged"):
+    with pytest.raises(TrainerError, match="vanished while the folder was staged"):
         put_file(store, "files/ab/cd", file, found)
+
+
+def test_a_file_that_vanishes_before_it_is_read_is_told_as_gone(tmp_path: Path) -> None:
+    with pytest.raises(TrainerError, match="vanished while the folder was staged"):
+        read_file(str(tmp_path / "gone.jpg"), "gone.jpg")

@@ -17,8 +17,10 @@ from click.testing import CliRunner, Result
 from blocks.attempts import cancel_run
 from blocks.job import JobState
 from blocks.record import Outcome, RunRecord, known_outputs, remember_output
+from blocks.refs import ref_key
 from flows.cli import COMMANDS, app, tell
 from flows.cli_completion import output_folders
+from flows.cli_store import Ticker
 from tests.unit.test_blocks_pruning import make_run
 from tests.unit.test_blocks_record import run_file
 from trainer.contract import ExitCode, TrainerError
@@ -277,3 +279,22 @@ def test_who_only_looks_at_a_store_makes_none(command: list[str], tmp_path: Path
     assert isinstance(done.exception, TrainerError)
     assert "there is no store at" in done.exception.message
     assert not (tmp_path / "typo").exists()
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    times = iter([0.0, 1.0, 9.9, 10.0, 19.9, 20.0])
+    monkeypatch.setattr("flows.cli_store.time.monotonic", lambda: next(times))
+    ticker = Ticker()
+    for done in range(1, 6):
+        ticker.on_bytes(done * 10**6, 10 * 10**6)
+    assert capsys.readouterr().err.splitlines() == [
+        "3.0 MB of 10.0 MB, 300.0 kB/s, ETA 23 s",
+        "5.0 MB of 10.0 MB, 250.0 kB/s, ETA 20 s",
+    ]
+
+
+def test_a_name_that_is_too_long_is_told_with_the_limit() -> None:
+    with pytest.raises(TrainerError, match="too long for a name") as told:
+        ref_key("n" * 101)
+    assert told.value.hint == "use at most 100 characters (--name)"
+    assert ref_key("n" * 100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from blocks.errors import PlanChanged, ServiceUnavailable
 from blocks.job import JobRef, JobState, LogBatch, TrainRequest, canonical_json
 from blocks.naming import run_id_of_key
 from blocks.profiles import load_profile
-from blocks.record import Outcome, RunRecord, describe_dataset_change, request_hash
+from blocks.record import Outcome, RunRecord, describe_dataset_change, remember_output, request_hash
+from blocks.staging import stage_folder
 from flows import cli_runs, drafting, running
+from flows.cli import app
 from flows.requesting import add_options
 from tests.unit.test_blocks_attempts import make_plan
 from tests.unit.test_blocks_record import run_file
-from trainer.contract import FailureReason, UserInput
+from trainer.contract import ExitCode, FailureReason, TrainerError, UserInput
 from trainer.dataset import check_dataset
 from trainer.shapes import write_shapes
 
@@ -162,11 +165,36 @@ def test_the_plan_shows_byte_for_byte_what_a_run_submits(
 
     monkeypatch.setattr(job_tasks, "make_plan", make_plan_only)
     with pytest.raises(KeyboardInterrupt):
-        train.run_attempt(provider, record, run, request_for_shapes, Step(Action.START, 1), lambda _status: None)
+        train.run_attempt(provider, record, run, request_for_shapes, Step(Action.START, 1), lambda _status: None, lambda: None)
     monkeypatch.setattr(drafting, "DRAFT_RUN_ID", "same1234")
     drafted, _ = drafting.draft_plan(request_for_shapes)
     assert canonical_json(drafted.request) == canonical_json(planned[0].request)
     assert drafted.fingerprint == planned[0].fingerprint
+
+
+def test_a_name_that_the_store_lacks_is_refused_at_once_with_those_that_it_has(tmp_path: Path, request_for_shapes: TrainRequest) -> None:
+    store = (tmp_path / "store").as_uri()
+    staged = stage_folder(Path(request_for_shapes.dataset), store, "cells")
+    for command in (["plan"], ["train", "--json"]):
+        done = CliRunner().invoke(app, [*command, f"{store}#nope"])
+        assert isinstance(done.exception, TrainerError)
+        assert done.exception.code is ExitCode.NOT_FOUND
+        assert "it has 'cells'" in (done.exception.hint or "")
+    assert json.loads(done.stdout) == {
+        **{"run_id": None, "state": "failed", "error": f"{store} has no dataset or version 'nope'"},
+        **{"hint": done.exception.hint, "exit_code": ExitCode.NOT_FOUND},
+    }
+    told = CliRunner().invoke(app, ["plan", f"{store}#cells"], catch_exceptions=False).stdout
+    assert f"{store}#cells, 8 images, version {staged.version[:12]}" in told
+    assert isinstance(CliRunner().invoke(app, ["plan", f"{store}2#cells"]).exception, TrainerError)
+    assert not (tmp_path / "store2").exists()
+
+
+def test_a_refusal_names_no_run_that_was_never_written_down(tmp_path: Path, request_for_shapes: TrainRequest) -> None:
+    remember_output(str(tmp_path / "runs"))
+    assert running.recorded("never123") is None
+    open_run(tmp_path, request_for_shapes, "same1234")
+    assert running.recorded("same1234") == "same1234"
 
 
 # --- The log ----------------------------------------------------------------------------------------------

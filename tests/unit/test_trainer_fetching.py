@@ -65,6 +65,9 @@ def test_files_of_all_kinds_arrive(store: Path, tmp_path: Path) -> None:
     assert fetched.fetched_files == fetched.files == len(packed) + len(alone)
     assert progress[-1] == (fetched.bytes, fetched.bytes)
     assert left(tmp_path) == ["copy"], "neither lock nor index nor half a folder"
+    with pytest.raises(TrainerError, match="no dataset version"):
+        fetch_version(str(store), "0" * 64, tmp_path / "copy of none")
+    assert left(tmp_path) == ["copy"], "what is refused leaves no lock either"
     assert read_header(str(store), version).bytes == fetched.bytes
     assert verify_version(str(store), version).files == fetched.files
 
@@ -266,3 +269,13 @@ def test_a_missing_large_file_is_told(store: Path, tmp_path: Path) -> None:
     (store / file_key(hashlib.sha256(LARGE).digest())).unlink()
     with pytest.raises(TrainerError, match="the store lacks files/"):
         fetch_version(str(store), version, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("read", ["fetch", "verify"])
+def test_the_hint_of_a_damaged_object_names_the_store(store: Path, tmp_path: Path, read: str) -> None:
+    version = write_store(store, SMALL)
+    [path] = (path for path in (store / "packs").rglob("*") if path.is_file())
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(TrainerError, match="is damaged") as refused:
+        fetch_version(str(store), version, tmp_path / "copy") if read == "fetch" else verify_version(str(store), version)
+    assert f"--store {store} --again" in str(refused.value.hint)

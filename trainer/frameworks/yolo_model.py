@@ -167,9 +167,11 @@ def resolve_weights(weights: str) -> Path:
 
     Raises TrainerError: CONFIG where there is no such file or name, UNAVAILABLE where the download failed; NOT_FOUND, PERMISSION.
     """
+    from trainer.mounts import ENV_MOUNTS, Mounts, parse_mounts
     from trainer.storage import to_path
     from trainer.transfer import fetch_weights
 
+    weights = Mounts(parse_mounts(os.environ.get(ENV_MOUNTS, ""), ENV_MOUNTS)).localize(weights)
     if "://" in weights:
         return fetch_weights(weights, cache_dir() / "weights")
     path = to_path(weights).expanduser()

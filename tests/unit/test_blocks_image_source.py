@@ -1,0 +1,110 @@
+"""The hash of what the trainer image is made of, and the names of images."""
+
+from __future__ import annotations
+
+import os
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from blocks import image_source
+from blocks.errors import ConfigError
+from blocks.image_ref import ImageRef, is_loopback
+from blocks.image_source import BuildInput, copied_paths, declared_arguments, find_root, hash_source, list_sources, source_tag
+from tests.images import DOCKERFILE, write_project
+
+DIGEST = "sha256:" + "a" * 64
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return write_project(tmp_path / "project")
+
+
+def test_what_is_not_in_the_image_does_not_change_its_hash(project: Path) -> None:
+    before = hash_source(BuildInput(project))
+    (project / "flows/train.py").write_text("# another comment\n")
+    (project / "docker/flow-runner.Dockerfile").write_text("FROM other\n")
+    (project / "trainer/__pycache__").mkdir()
+    (project / "trainer/__pycache__/task.cpython-311.pyc").write_bytes(b"compiled")
+    for path in project.rglob("*"):
+        os.utime(path, (1, 1))
+    assert hash_source(BuildInput(project)) == before
+    assert hash_source(BuildInput(write_project(project.parent / "elsewhere"))) == before
+
+
+@pytest.mark.parametrize("name", ["trainer/task.py", "docker/trainer.Dockerfile", "docker/trainer-requirements.txt", ".dockerignore"])
+def test_a_line_in_what_it_is_made_of_changes_the_hash(project: Path, name: str) -> None:
+    before = hash_source(BuildInput(project))
+    with (project / name).open("a") as file:
+        file.write("\n")
+    assert hash_source(BuildInput(project)) != before
+
+
+def test_names_modes_and_arguments_count(project: Path) -> None:
+    hashes = {hash_source(BuildInput(project))}
+    hashes.add(hash_source(BuildInput(project, base=f"python@{DIGEST}")))
+    hashes.add(hash_source(BuildInput(project, arguments={"VARIANT": "cpu"})))
+    hashes.add(hash_source(BuildInput(project, platform="linux/arm64")))
+    (project / "trainer/task.py").chmod(0o755)
+    hashes.add(hash_source(BuildInput(project)))
+    (project / "trainer/task.py").rename(project / "trainer/tasks.py")
+    hashes.add(hash_source(BuildInput(project)))
+    assert len(hashes) == 6
+    assert all(ImageRef.parse(f"localhost/x:{source_tag(one)}").tag == f"src-{one[:16]}" for one in hashes)
+
+
+def test_where_there_are_no_sources_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_source, "__file__", str(tmp_path / "site-packages/blocks/image_source.py"))
+    with pytest.raises(ConfigError, match=r"installed without its sources.*name its digest as `image`"):
+        find_root()
+    with pytest.raises(ConfigError, match=r"no docker/trainer\.Dockerfile"):
+        hash_source(BuildInput(tmp_path))
+
+
+def test_what_a_dockerfile_takes_from_the_project_is_read() -> None:
+    text = DOCKERFILE + "COPY --from=build /x /y\nADD --chown=1:1 a \\\n  b/ /c/\nRUN --mount=type=bind,source=d,target=/d pip\n"
+    assert copied_paths(text) == ["docker/trainer-requirements.txt", "trainer", "a", "b/", "d"]
+    assert declared_arguments(text) == {"BASE_IMAGE", "VERSION"}
+
+
+def test_all_that_the_dockerfile_copies_is_hashed() -> None:
+    dockerfile = ROOT / image_source.DOCKERFILE
+    hashed = [path.relative_to(ROOT).as_posix() for path in list_sources(ROOT)]
+    assert image_source.DOCKERFILE in hashed
+    for path in copied_paths(dockerfile.read_text()):
+        wanted = path.strip("/").removeprefix("./")
+        assert any(name == wanted or name.startswith(f"{wanted}/") or fnmatch(name, wanted) for name in hashed), path
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("ubuntu", ("docker.io", "library/ubuntu", "", "")),
+        ("team/trainer:1", ("docker.io", "team/trainer", "1", "")),
+        ("localhost/trainer", ("localhost", "trainer", "", "")),
+        ("127.0.0.1:5000/a/b:src-1", ("127.0.0.1:5000", "a/b", "src-1", "")),
+        (f"ghcr.io/a/b:1@{DIGEST}", ("ghcr.io", "a/b", "1", DIGEST)),
+    ],
+)
+def test_names_are_read_as_docker_reads_them(text: str, parts: tuple[str, str, str, str]) -> None:
+    ref = ImageRef.parse(text)
+    assert (ref.registry, ref.repository, ref.tag, ref.digest) == parts
+    assert ImageRef.parse(str(ref)) == (ref if not ref.digest else ref.pinned(ref.digest))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "https://ghcr.io/a", "ghcr.io/UPPER", "a b", "ghcr.io/a@sha256:12", "ghcr.io/a:b:c", "-x.io/a", "ghcr.io/"]
+)
+def test_what_is_no_name_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not the name of an image"):
+        ImageRef.parse(text)
+
+
+def test_plain_http_is_for_this_machine_only() -> None:
+    assert all(is_loopback(name) for name in ("localhost", "localhost:5000", "127.0.0.1:5000", "127.8.8.8", "[::1]:5000"))
+    assert not any(
+        is_loopback(name) for name in ("ghcr.io", "10.0.0.1:5000", "localhost.example.com", "127.0.0.1.example.com:80", "[fe80::1]:5000")
+    )
