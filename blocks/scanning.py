@@ -83,12 +83,9 @@ class Scan:
         except PermissionError as exc:
             raise TrainerError(f"cannot read the folder {folder}", hint="mend its permissions", code=ExitCode.PERMISSION) from exc
         try:
-            with os.scandir(descriptor) as entries:
-                # The slash sorts a folder where the paths of its files belong.
-                names = [entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name for entry in entries]
+            names = _names_in(descriptor, folder)
             if ENVIRONMENT in names:
                 return
-            names.sort()
             for name in names:
                 bare = name.removesuffix("/")
                 path = prefix + name
@@ -111,7 +108,11 @@ class Scan:
             except ValueError as exc:
                 message = f"{f'{self.root}/{path}'!r}: {exc}"
                 raise TrainerError(message, hint="rename the file; names are UTF-8 text", code=ExitCode.DATA) from exc
-        result = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        try:
+            result = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        except OSError as exc:
+            exc.filename = f"{self.root}/{path}"
+            raise
         if S_ISREG(result.st_mode):
             return stat_of(result)
         if not S_ISLNK(result.st_mode):
@@ -124,6 +125,16 @@ class Scan:
     def _leave_out(self, kind: str, path: str) -> None:
         count, example = self.left_out.get(kind, (0, path))
         self.left_out[kind] = (count + 1, example)
+
+
+def _names_in(descriptor: int, folder: str) -> list[str]:
+    """Sorted; the slash behind a folder sorts it where the paths of its files belong."""
+    try:
+        with os.scandir(descriptor) as entries:
+            return sorted(entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name for entry in entries)
+    except OSError as exc:
+        exc.filename = folder
+        raise
 
 
 def vanished_error(full: str) -> TrainerError:

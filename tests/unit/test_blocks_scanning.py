@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -92,3 +94,26 @@ def test_what_vanishes_during_the_walk_is_told_as_gone(tmp_path: Path, gone: str
     with pytest.raises(TrainerError, match=f"{gone} vanished while the folder was staged") as told:
         list(found)
     assert (told.value.code, "run it again" in (told.value.hint or "")) == (ExitCode.DATA, True)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), folder)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+        paths(tmp_path)
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/dev/fd").iterdir())
+
+
+def test_a_walk_that_ends_early_leaves_no_folder_open(tmp_path: Path) -> None:
+    write(tmp_path, "a/b/1.txt", "a/b/2.txt")
+    before = open_files()
+    found = Scan(tmp_path).files()
+    assert next(found)[0] == "a/b/1.txt"
+    assert open_files() > before
+    del found
+    assert open_files() == before
