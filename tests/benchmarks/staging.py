@@ -1,9 +1,10 @@
 """Staging against other tools, on loopback. Run as ``uv run python tests/benchmarks/staging.py [--scenario NAME ...]``.
 
 Client and server share the machine's cores, there is no TLS, and a real store is slower for everybody: what is measured is
-the work of the clients and how many requests they make. Rounds are interleaved, so that all see the same load. The first
-call builds the server and the other tools into the user's cache folder, which needs `go`, `uv` and a network. Exit 1
-where a target is missed, 2 where nothing could be measured.
+the work of the clients and how many requests they make. Rounds are interleaved, every other one backwards, so that all see
+the same load and none always comes after the same other; none pays for memory that the host of a virtual machine took back.
+The first call builds the server and the other tools into the user's cache folder, which needs `go`, `uv` and a network.
+Exit 1 where a target is missed, 2 where nothing could be measured.
 """
 
 from __future__ import annotations
