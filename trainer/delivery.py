@@ -77,6 +77,7 @@ class Courier:
         self._mirror, self._stop = mirror, stop
         self._patience_seconds = patience_seconds
         self._told = ""
+        self._sent_at = 0.0
         self._training_ended = threading.Event()
         self._sent: Future[None] = Future()
 
@@ -93,8 +94,10 @@ class Courier:
 
     def _run(self) -> None:
         try:
-            while not self._training_ended.wait(SYNC_SECONDS):
-                self._send()
+            while not self._training_ended.wait(TICK_SECONDS):
+                if self._mirror.has_news() or time.monotonic() - self._sent_at > SYNC_SECONDS:
+                    self._send()
+                    self._sent_at = time.monotonic()
             self._mirror.forget()
             self._send_all()
         except BaseException as exc:

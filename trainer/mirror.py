@@ -54,6 +54,12 @@ class Mirror:
         self._sent: dict[str, tuple[Stat | None, ...]] = {}  # the files as they were when they last arrived
         self._whole: set[str] = set()  # the checkpoints that arrived
         self._there: set[str] | None = None  # names of objects
+        self._folder: Stat | None = None
+
+    def has_news(self) -> bool:
+        """Whether checkpoints came or went since it was last asked: a machine that is lost next loses no more than an epoch."""
+        before, self._folder = self._folder, stat_of(self.layout / AttemptLayout.CHECKPOINTS)
+        return self._folder != before
 
     def forget(self) -> None:
         """What it knows of the store, where another container's last write may have come later: the next `sync` looks at all of it."""
