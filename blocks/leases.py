@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import msgspec
 
-from blocks.refs import swap, tag_of
 from trainer.errors import ExitCode, TrainerError
 from trainer.files import utc_now
-from trainer.store_records import AwareTime, StoreRecord
+from trainer.store_records import AwareTime, StoreRecord, swap, tag_of
 
 if TYPE_CHECKING:
     from obstore import UpdateVersion

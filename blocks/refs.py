@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import time
@@ -12,12 +11,11 @@ import msgspec
 
 from trainer.errors import ExitCode, TrainerError
 from trainer.files import utc_now
-from trainer.locks import try_lock
 from trainer.storage import list_paths, open_store, to_path, told_plainly
-from trainer.store_records import AwareTime, StoreRecord
+from trainer.store_records import AwareTime, StoreRecord, swap, tag_of
 
 if TYPE_CHECKING:
-    from obstore import ObjectMeta, UpdateVersion
+    from obstore import UpdateVersion
     from obstore.store import ObjectStore
 
 KEPT_VERSIONS = 10
@@ -65,13 +63,6 @@ def read_ref(store: ObjectStore, uri: str, name: str) -> tuple[Ref | None, Updat
     return ref, tag_of(answer.meta)
 
 
-def tag_of(meta: ObjectMeta) -> UpdateVersion:
-    tag: UpdateVersion = {"e_tag": meta["e_tag"]}
-    if meta["version"] is not None:
-        tag["version"] = meta["version"]
-    return tag
-
-
 def move_ref(store: ObjectStore, uri: str, name: str, newest: Ref) -> None:
     """Makes `newest` the dataset's version. Of two stagers at once the later one wins; the other's version stays, named by its hash.
 
@@ -96,42 +87,6 @@ def move_ref(store: ObjectStore, uri: str, name: str, newest: Ref) -> None:
                 raise
         time.sleep(random.uniform(0.05, 0.3))
     raise TrainerError(f"{uri}: others move the ref of {name!r} all the time", hint="stage again", code=ExitCode.UNAVAILABLE)
-
-
-def swap(store: ObjectStore, uri: str, key: str, record: StoreRecord, tag: UpdateVersion | None) -> bool:
-    """Replaces the object if it is still as `tag` says (None: if there is none). False where it is not."""
-    import obstore
-    from obstore.exceptions import AlreadyExistsError, PreconditionError
-    from obstore.store import LocalStore
-
-    data = record.to_json()
-    if isinstance(store, LocalStore):
-        return _swap_locally(store, uri, key, data, tag)
-    try:
-        obstore.put(store, key, data, mode="create" if tag is None else tag)
-    except (AlreadyExistsError, PreconditionError):
-        return False
-    return True
-
-
-def _swap_locally(store: ObjectStore, uri: str, key: str, data: bytes, tag: UpdateVersion | None) -> bool:
-    """A folder knows no conditional write; a lock beside the ref stands in, for all who share the folder's file system."""
-    import obstore
-
-    lock = try_lock(to_path(uri) / f"{key}.lock")
-    if lock is None:
-        return False
-    try:
-        try:
-            found = obstore.head(store, key)["e_tag"]
-        except FileNotFoundError:
-            found = None
-        if found != (tag or {}).get("e_tag"):
-            return False
-        obstore.put(store, key, data)
-        return True
-    finally:
-        os.close(lock)
 
 
 def delete_ref(store: ObjectStore, uri: str, name: str) -> Ref:

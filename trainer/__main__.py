@@ -23,7 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer", description="Supervise one training attempt.")
     parser.add_argument("command", nargs="?", choices=["train"], help="as SageMaker starts an image; means nothing")
     parser.add_argument("--max-runtime-seconds", type=float, default=float("inf"), help="stop the training after this long")
-    parser.add_argument("--grace-seconds", type=float, default=8.0, help="time to save a checkpoint between SIGTERM and SIGKILL")
+    parser.add_argument(
+        "--grace-seconds", type=float, default=8.0, help="time between SIGTERM and SIGKILL; in a container for saving and sending"
+    )
     local = parser.add_argument_group("on a machine of one's own")
     local.add_argument("--attempt-dir", type=Path, help="folder that holds config.json")
     local.add_argument("--slots-dir", type=Path, help="folder of the machine's training slots; none: start at once")
@@ -41,6 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     container.add_argument("--model-dir", default="", help="path or URI for model.pt and metrics.json (TRAINYARD_MODEL_DIR)")
     container.add_argument("--checkpoint-dir", default="", help="path or URI that outlives the container (TRAINYARD_CHECKPOINT_DIR)")
+    container.add_argument("--cache-dir", default="", help="folder that keeps fetched datasets for others (TRAINYARD_CACHE_DIR)")
+    container.add_argument("--patience-seconds", type=float, default=900.0, help="how long to try to send what a training has left")
     container.add_argument("--root", type=Path, default=Path("/"), help=argparse.SUPPRESS)  # above the platform's own folders
     return parser
 
@@ -52,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         slots=options.slots,
         max_runtime_seconds=options.max_runtime_seconds,
         grace_seconds=options.grace_seconds,
+        patience_seconds=options.patience_seconds,
     )
     if options.attempt_dir is None:
         return main_in_container(options, limits)
@@ -71,7 +76,7 @@ def main_in_container(options: argparse.Namespace, limits: Limits) -> int:
     except TrainyardError as exc:
         sys.stdout.write(f"{exc}\n")
         return exc.code
-    told = Told(options.config, options.model_dir, options.checkpoint_dir, mounts)
+    told = Told(options.config, options.model_dir, options.checkpoint_dir, options.cache_dir, mounts)
     status = run_in_container(told, limits, options.root)
     sys.stdout.flush()
     # Threads that wait for a store must not keep a stopped container.

@@ -1,7 +1,16 @@
 """One attempt in a container: from what the platform tells to what it collects, around the same supervisor as on any machine.
 
 The attempt's folder is a scratch one. What it gains goes to the run's record while the training runs: the job's ``output_uri``, or
-else the folder whose files the platform keeps over a restart. The same attempt may be started again on another machine.
+else the folder whose files the platform keeps over a restart. The same attempt may be started again on another machine, also
+while this one still trains: see `trainer.fencing`.
+
+What is written where, by a user of any number, without a home, on a root file system that is read-only:
+
+- ``TMPDIR`` (``/tmp``): one folder ``trainyard-*``, with the attempt, its checkpoints, a home and the caches of libraries; gone at
+  the end, but where the result could not be sent. Room: three checkpoints, the model, and the dataset where no cache is named.
+- ``/dev/shm``: batches on their way from loading processes, and the dataset where it fits into half of what is free.
+- ``cache_dir``: fetched datasets, for all pods that mount it; files are writable for its group (``fsGroup``).
+- the record, ``model_dir``, and the file where the platform looks for the reason of a failure.
 """
 
 from __future__ import annotations
@@ -12,10 +21,11 @@ import pwd
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -24,11 +34,9 @@ from typing import TypeVar
 
 from trainer.contract import (
     ENV_HOME,
-    EXIT_REASONS,
     AttemptLayout,
     ExitCode,
     ExitRecord,
-    FailureReason,
     RunLayout,
     TrainerError,
     TrainJob,
@@ -36,15 +44,18 @@ from trainer.contract import (
     utc_now,
 )
 from trainer.delivery import LOG_SECONDS, Courier, LogFollower, Repeated, collect, restore
-from trainer.environment import Environment, Told, detect, refuse_several_machines
+from trainer.environment import ENV_NODE, ENV_POD, Environment, Told, detect, refuse_several_machines
+from trainer.fencing import Claim, Fenced, refuse_newer_attempt
 from trainer.files import DISK_FULL, write_json
-from trainer.mirror import Mirror, pull_checkpoints, refuse_newer_attempt
+from trainer.mirror import Mirror, pull_checkpoints
 from trainer.mounts import ENV_MOUNTS, Mounts
 from trainer.storage import ObjectFolder, folders_told_plainly, to_uri, told_plainly
-from trainer.supervisor import Limits, StopNote, Supervisor, log_to_file
+from trainer.supervisor import Limits, StopNote, Supervisor, describe_error, log_to_file
+from trainer.watching import RecordWatch
 
-SYNC_SECONDS = 5.0
+LOOK_SECONDS = 5.0
 TICK_SECONDS = 0.2
+GROUP_UMASK = 0o002
 T = TypeVar("T")
 log = logging.getLogger("trainer")
 
@@ -71,6 +82,7 @@ def run_in_container(told: Told, limits: Limits, root: Path = Path("/")) -> int:
     started_at = utc_now()
     environment: Environment | None = None
     container: Container | None = None
+    os.umask(GROUP_UMASK)  # volumes are shared by pods whose users have nothing in common but a group
     with ExitStack() as stack:
         try:
             environment = detect(os.environ, root, told)
@@ -78,13 +90,20 @@ def run_in_container(told: Told, limits: Limits, root: Path = Path("/")) -> int:
             stack.callback(shutil.rmtree, scratch, ignore_errors=True)
             os.environ.update(choose_variables(os.environ, scratch, environment.mounts))
             container = settled = unless_stopped(partial(settle, environment, scratch), stop)
-            unless_stopped(partial(prepare, settled), stop)
-            ended = train(settled, Supervisor(settled.layout.folder, limits, stop))
+            claim = unless_stopped(partial(prepare, settled), stop)
+            ended = train(settled, claim, limits, stop)
+        except NotSent as exc:
+            stack.pop_all()  # what is on the disk is all there is
+            ended = give_up(container, exc, started_at)
         except (TrainerError, OSError) as exc:
             ended = give_up(container, explain(exc), started_at)
         if environment is not None:
             tell_platform(environment, ended)
         return ended.exit_code
+
+
+class NotSent(TrainerError):
+    """The training ended well, and its result is on this machine alone."""
 
 
 def say(text: object) -> None:
@@ -139,6 +158,8 @@ def settle(environment: Environment, scratch: Path) -> Container:
         )
     layout = AttemptLayout(scratch / job.run_id / RunLayout.ATTEMPTS / str(job.attempt))
     model_dir = mounts.localize(environment.model_dir) if environment.model_dir else ""
+    if environment.cache_dir:
+        job = job.model_copy(update={"cache_dir": environment.cache_dir})
     return Container(environment, job, to_uri(record), to_uri(model_dir) if model_dir else "", layout)
 
 
@@ -192,46 +213,81 @@ def choose_variables(environ: Mapping[str, str], scratch: Path, mounts: Mounts) 
     return {**chosen, ENV_MOUNTS: mounts.to_json()}
 
 
-def prepare(container: Container) -> None:
-    """The attempt's folder as a restart has to find it. Raises TrainerError (OCCUPIED) where a newer attempt was planned."""
+def prepare(container: Container) -> Claim:
+    """Takes the attempt, and makes its folder as a restart has to find it. Raises TrainerError (OCCUPIED) where a newer one was planned."""
     job, layout = container.job, container.layout
     attempts = ObjectFolder(f"{container.record}/{RunLayout.ATTEMPTS}")
     with folders_told_plainly(), told_plainly(container.record):
         refuse_newer_attempt(attempts, job.attempt)
+        environ = container.environment.environ
+        claim = Claim.take(container.objects.uri, pod=environ.get(ENV_POD, ""), node=environ.get(ENV_NODE, ""))
         write_json(layout / AttemptLayout.CONFIG, job)
         restore(container.objects, layout)
     pull_checkpoints(container.record, layout.folder.parent.parent)
+    return claim
 
 
 # --- The training and after it -------------------------------------------------------------------------
 
 
-def train(container: Container, supervisor: Supervisor) -> ExitRecord:
+def train(container: Container, claim: Claim, limits: Limits, stop: StopNote) -> ExitRecord:
     """How the training ended. Raises TrainerError where its result is there, but cannot be sent or is kept back."""
     layout = container.layout
     log_file = layout / AttemptLayout.LOG
     follower = LogFollower(log_file)
     log_to_file(log_file)
     log.info("on %s; the record is at %s", container.environment.PLATFORM, container.record)
-    courier = Courier(Mirror(layout.folder, container.objects.uri))
+    log.info("this container is number %d of attempt %d", claim.owner.generation, container.job.attempt)
+    watch = RecordWatch(container.record, layout, claim, stop)
+    watch.look()
+    courier = Courier(Mirror(layout.folder, container.objects.uri, claim), stop, limits.patience_seconds)
+    courier.start()
+    # A platform's time to stop in is for saving and for sending.
+    supervisor = Supervisor(layout.folder, replace(limits, grace_seconds=limits.grace_seconds / 2), stop)
     try:
-        with Repeated(follower.follow, LOG_SECONDS):
-            with Repeated(courier.send, SYNC_SECONDS):
-                code = supervisor.run(None)
-            courier.finish(lambda: supervisor.stop.signal is None)
-            if code == ExitCode.OK and container.model_dir:
-                collect(layout, container.model_dir)
+        with Repeated(follower.follow, LOG_SECONDS), Repeated(watch.look, LOOK_SECONDS):
+            supervisor.run(None)
+            ended = ExitRecord.model_validate_json((layout / AttemptLayout.EXIT).read_bytes())
+            send_last(container, courier, limits, stop, ended)
+    except TrainerError as exc:
+        claim.give_up(exc)
+        raise
     finally:
         follower.follow()
-    return ExitRecord.model_validate_json((layout / AttemptLayout.EXIT).read_bytes())
+    if ended.exit_code == ExitCode.OK and container.model_dir:
+        collect(layout, container.model_dir)
+    return ended
+
+
+def send_last(container: Container, courier: Courier, limits: Limits, stop: StopNote, ended: ExitRecord) -> None:
+    """Raises Fenced; NotSent where a result is there that could not be sent. How a training failed is told in any case."""
+
+    def is_over() -> bool:
+        return stop.fenced is not None or time.monotonic() > stop.asked_at + limits.grace_seconds
+
+    try:
+        courier.finish(is_over)
+        return
+    except Fenced:
+        raise
+    except TrainerError as exc:
+        error = exc
+    if stop.fenced is not None:
+        raise stop.fenced
+    if ended.exit_code != ExitCode.OK:
+        say(f"the record lacks the last of this attempt: {error}")
+        return
+    code = ExitCode.PREEMPTED if stop.signal is not None else error.code
+    hint = f"{error.hint}; a new container goes on from the last checkpoint in the record"
+    raise NotSent(f"the result is not in the record: {error.message}; it is kept in {container.layout.folder}", hint=hint, code=code)
 
 
 def give_up(container: Container | None, error: TrainerError, started_at: datetime) -> ExitRecord:
-    """Tells the end in the output and, where that can be reached, in the record."""
-    reason = EXIT_REASONS.get(error.code, FailureReason.UNKNOWN)
-    record = ExitRecord(exit_code=error.code, reason=reason, message=error.message, hint=error.hint, started_at=started_at)
+    """Tells the end in the output and, where that can be reached and is this container's, in the record."""
+    record = describe_error(error, started_at)
     say(error)
-    if container is not None:
+    hurried = isinstance(error, NotSent) and error.code is ExitCode.PREEMPTED
+    if container is not None and not hurried and error.code is not ExitCode.SUPERSEDED:
         try:
             container.objects.put(AttemptLayout.EXIT, record.model_dump_json(indent=1).encode())
         except (TrainerError, OSError) as exc:

@@ -301,6 +301,7 @@ class AttemptLayout:
     CONFIG = "config.json"
     LOCK = "lock"
     STOP = "stop.json"
+    OWNER = "owner.json"
     JOB = "job.json"
     PROGRESS = "progress.json"
     PROGRESS_LINES = "progress.jsonl"

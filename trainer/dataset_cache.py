@@ -15,7 +15,6 @@ each trainer fetches for itself and says so.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -31,7 +30,7 @@ from typing import Literal, NamedTuple
 
 from trainer.errors import ExitCode, TrainerError
 from trainer.fetching import Fetched, Progress, fetch_version, read_header
-from trainer.files import write_atomic
+from trainer.files import NO_LOCKS, write_atomic
 from trainer.locks import try_lock, wait_for_lock
 from trainer.memory import read_available_memory
 from trainer.packs import ManifestHeader
@@ -40,7 +39,6 @@ from trainer.storage import folders_told_plainly
 MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108 - a folder of a random name and for this user only is made in it
 MEMORY_SHARE = 0.5  # of what is available; the training needs the rest
 FILE_BYTES = 4096  # that a file takes beyond its content, at most about
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 OWN_PREFIX = "trainyard-dataset-"
 DELETED_PREFIX = ".deleted-"
 NEW_SECONDS = 60
@@ -149,7 +147,7 @@ def _share(path: Path) -> int:
     """The descriptor of a shared lock on a file that is there: who deletes the folder takes it away with its lock."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_SH)
             if os.path.samestat(os.fstat(lock), path.stat()):

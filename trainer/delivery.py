@@ -7,17 +7,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 from trainer.contract import AttemptLayout, ExitCode, ResultManifest, TrainerError
+from trainer.fencing import Fenced
 from trainer.files import write_atomic
 from trainer.mirror import Mirror
 from trainer.storage import ObjectFolder, folders_told_plainly, told_plainly
+from trainer.supervisor import StopNote
 from trainer.transfer import open_for_files, push_file
 
 LOG_SECONDS = 0.5
+SYNC_SECONDS = 5.0
 RETRY_SECONDS = 5.0
-PATIENCE_SECONDS = 15 * 60.0  # of a finished result for its store: longer than most outages, and cheaper than the training
+TICK_SECONDS = 0.2
+JOIN_SECONDS = 2.0
 
 log = logging.getLogger("trainer")
 
@@ -37,7 +42,7 @@ class Repeated:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._thread.join()
+        self._thread.join(JOIN_SECONDS)  # it may wait for a store
 
     def _run(self) -> None:
         while not self._ended.wait(self._seconds):
@@ -63,33 +68,69 @@ class LogFollower:
 
 
 class Courier:
-    """Sends an attempt's folder to its record; what goes wrong meanwhile is told once and tried again."""
+    """Sends an attempt's folder to its record, in a thread of its own, as a store may keep one waiting for minutes.
 
-    def __init__(self, mirror: Mirror) -> None:
-        self._mirror = mirror
+    What goes wrong while the training runs is told once and tried again; where the attempt is another container's, it is stopped.
+    """
+
+    def __init__(self, mirror: Mirror, stop: StopNote, patience_seconds: float) -> None:
+        self._mirror, self._stop = mirror, stop
+        self._patience_seconds = patience_seconds
         self._told = ""
+        self._sent_at = 0.0
+        self._training_ended = threading.Event()
+        self._sent: Future[None] = Future()
 
-    def send(self) -> None:
+    def start(self) -> None:
+        threading.Thread(target=self._run, daemon=True, name="courier").start()
+
+    def finish(self, is_over: Callable[[], bool]) -> None:
+        """All that is left, tried until patience ends or `is_over`. Raises TrainerError as `Mirror.sync` does, or UNAVAILABLE."""
+        self._training_ended.set()
+        while not wait([self._sent], TICK_SECONDS).done:
+            if is_over():
+                raise TrainerError("the time to stop in was over", hint="give more --grace-seconds", code=ExitCode.UNAVAILABLE)
+        self._sent.result()
+
+    def _run(self) -> None:
+        try:
+            while not self._training_ended.wait(TICK_SECONDS):
+                if self._mirror.has_news() or time.monotonic() - self._sent_at > SYNC_SECONDS:
+                    self._send()
+                    self._sent_at = time.monotonic()
+            self._mirror.forget()
+            self._send_all()
+        except BaseException as exc:
+            self._sent.set_exception(exc)
+        else:
+            self._sent.set_result(None)
+
+    def _send(self) -> None:
         try:
             self._mirror.sync()
             self._told = ""
+        except Fenced as exc:
+            self._stop.fenced = exc
+            raise
         except TrainerError as exc:
-            if exc.message != self._told:
-                log.warning("not sent yet: %s", exc)
-            self._told = exc.message
+            self._tell(exc)
 
-    def finish(self, is_patient: Callable[[], bool]) -> None:
-        """All that is left, tried for a quarter of an hour while `is_patient`. Raises TrainerError as `Mirror.sync` does."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+    def _send_all(self) -> None:
+        deadline = time.monotonic() + self._patience_seconds
         while True:
             try:
                 self._mirror.sync()
                 return
             except TrainerError as exc:
-                if exc.code is not ExitCode.UNAVAILABLE or time.monotonic() > deadline or not is_patient():
+                if exc.code is not ExitCode.UNAVAILABLE or time.monotonic() > deadline:
                     raise
-                log.warning("the result is not sent yet: %s", exc)
+                self._tell(exc)
                 time.sleep(RETRY_SECONDS)
+
+    def _tell(self, error: TrainerError) -> None:
+        if error.message != self._told:
+            log.warning("not sent yet: %s", error)
+        self._told = error.message
 
 
 def restore(objects: ObjectFolder, layout: AttemptLayout) -> None:

@@ -28,6 +28,9 @@ ENV_PLATFORM = "TRAINYARD_PLATFORM"
 ENV_CONFIG = "TRAINYARD_CONFIG"
 ENV_MODEL_DIR = "TRAINYARD_MODEL_DIR"
 ENV_CHECKPOINT_DIR = "TRAINYARD_CHECKPOINT_DIR"
+ENV_CACHE_DIR = "TRAINYARD_CACHE_DIR"
+ENV_POD = "TRAINYARD_POD"  # by the downward API: a pod on its host's network has the host's name
+ENV_NODE = "TRAINYARD_NODE"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Told:
     config: str = ""
     model_dir: str = ""
     checkpoint_dir: str = ""
+    cache_dir: str = ""
     mounts: tuple[tuple[str, Path], ...] = ()
 
 
@@ -93,6 +97,11 @@ class Environment:
     def checkpoint_dir(self) -> str:
         """Path or URI of what a restart finds again. It keeps the run's record where the job names no other place. Empty: nothing does."""
         return self.told.checkpoint_dir or self.environ.get(ENV_CHECKPOINT_DIR, "") or self._own_checkpoint_dir()
+
+    @property
+    def cache_dir(self) -> str:
+        """Folder that keeps fetched datasets, shared with other trainings. Empty: as the job says."""
+        return self.told.cache_dir or self.environ.get(ENV_CACHE_DIR, "")
 
     @property
     def failure_file(self) -> Path | None:

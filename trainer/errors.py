@@ -40,6 +40,7 @@ class ExitCode(IntEnum):
     OCCUPIED = 73  # EX_CANTCREAT: another trainer owns this attempt, or the place cannot be written
     DISK_FULL = 74  # EX_IOERR
     PREEMPTED = 75  # EX_TEMPFAIL: told to stop, checkpoint saved, can go on
+    SUPERSEDED = 76  # EX_PROTOCOL: another container of the same attempt took over
     PERMISSION = 77  # EX_NOPERM
     CONFIG = 78  # EX_CONFIG: the request
     TIMEOUT = 124  # as timeout(1): over its maximum run time or budget
@@ -56,10 +57,16 @@ EXIT_REASONS: dict[int, FailureReason] = {
     ExitCode.OCCUPIED: FailureReason.CONFIG,
     ExitCode.DISK_FULL: FailureReason.QUOTA,
     ExitCode.PREEMPTED: FailureReason.PREEMPTED,
+    ExitCode.SUPERSEDED: FailureReason.PREEMPTED,
     ExitCode.PERMISSION: FailureReason.PERMISSION,
     ExitCode.CONFIG: FailureReason.CONFIG,
     ExitCode.TIMEOUT: FailureReason.TIMEOUT,
 }
+
+# What a platform that replaces containers has to know of the trainer's codes. After the first ones another container of the
+# same attempt goes on from the last checkpoint. After all others it would end the same way, or nobody wants it any more.
+RETRYABLE_EXITS = (ExitCode.UNAVAILABLE, ExitCode.PREEMPTED, ExitCode.SUPERSEDED)
+FATAL_EXITS = tuple(code for code in ExitCode if code is not ExitCode.OK and code not in RETRYABLE_EXITS)
 
 
 class TrainyardError(Exception):

@@ -128,7 +128,7 @@ class FileTree:
         """The descriptor of a file, for reading and writing. A full disk is told with the `size` that the file needs."""
         name, folder = self._enter(path)
         try:
-            descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder)
+            descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666, dir_fd=folder)
             try:
                 yield descriptor
             finally:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ENV_HOME = "TRAINYARD_HOME"  # where this machine keeps runs, caches and locks; default ~/trainyard
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of a volume that refuses flock
 MIB = 2**20
 
 

@@ -22,7 +22,7 @@ LOOK_SECONDS = 0.05
 def try_lock(path: Path) -> int | None:
     """The open descriptor of an exclusive lock on `path`, inheritable; None where somebody holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from trainer.checkpoint import CheckpointRecord, checkpoint_path, record_path
 from trainer.contract import AttemptLayout, ExitCode, ManifestFile, ResultManifest, RunLayout, TrainerError
+from trainer.fencing import Claim, refuse_newer_attempt
 from trainer.files import write_atomic
 from trainer.storage import ObjectFolder, folders_told_plainly, list_paths, open_store, to_uri, told_plainly
 from trainer.transfer import checked_name, in_parallel, open_for_files, pull_files, push_file
@@ -45,18 +46,32 @@ def stat_of(path: Path) -> Stat | None:
 class Mirror:
     """One attempt's. Where nothing has changed, `sync` costs a stat of each file and no request."""
 
-    def __init__(self, folder: Path, uri: str) -> None:
+    def __init__(self, folder: Path, uri: str, claim: Claim | None = None) -> None:
+        """With a `claim`, nothing is written once another container has the attempt."""
         self.layout = AttemptLayout(folder)
         self.objects = ObjectFolder(uri)
+        self._claim = claim
         self._sent: dict[str, tuple[Stat | None, ...]] = {}  # the files as they were when they last arrived
         self._whole: set[str] = set()  # the checkpoints that arrived
         self._there: set[str] | None = None  # names of objects
+        self._folder: Stat | None = None
+
+    def has_news(self) -> bool:
+        """Whether checkpoints came or went since it was last asked: a machine that is lost next loses no more than an epoch."""
+        before, self._folder = self._folder, stat_of(self.layout / AttemptLayout.CHECKPOINTS)
+        return self._folder != before
+
+    def forget(self) -> None:
+        """What it knows of the store, where another container's last write may have come later: the next `sync` looks at all of it."""
+        self._sent.clear()
+        self._there = None
 
     def sync(self) -> None:
         """Sends what is new or changed. To be repeated at will, and once more when the attempt has ended.
 
         Raises TrainerError: DATA (a file of the result is not what the manifest says), OCCUPIED (a newer attempt exists,
-        so this one's result is kept back), PERMISSION, UNAVAILABLE. The next call goes on from there.
+        so this one's result is kept back), SUPERSEDED (another container has the attempt), PERMISSION, UNAVAILABLE. The next
+        call goes on from there.
         """
         with folders_told_plainly(), told_plainly(self.objects.uri):
             if self._there is None:
@@ -77,7 +92,7 @@ class Mirror:
         ended = (self.layout / AttemptLayout.EXIT).exists()
         if before and not ended and LONG_LOG_BYTES < before.size <= now.size < before.size + before.size // LONG_LOG_SHARE:
             return
-        self.objects.put(name, path.read_bytes())
+        self._put(name, path.read_bytes())
         self._sent[name] = (now,)
 
     def _logs(self) -> list[str]:
@@ -107,8 +122,10 @@ class Mirror:
             text = record_path(path).read_bytes()
             said = CheckpointRecord.model_validate_json(text)
             file = ManifestFile(sha256=said.sha256, bytes=said.bytes)
-            push_file(self._store, data, path, file, before_write=partial(self._delete, record, there))
-            self.objects.put(record, text)
+            push_file(
+                self._store, data, path, file, before_write=partial(self._delete, record, there), while_written=self._refuse_superseded
+            )
+            self._put(record, text)
             there |= {data, record}
             self._whole.add(data)
         except (OSError, TrainerError, ValidationError) as exc:
@@ -121,9 +138,18 @@ class Mirror:
         self._sent[data] = now
 
     def _delete(self, name: str, there: set[str]) -> None:
+        self._refuse_superseded()
         if name in there:
             self.objects.delete(name)
             there.discard(name)
+
+    def _put(self, name: str, data: bytes) -> None:
+        self._refuse_superseded()
+        self.objects.put(name, data)
+
+    def _refuse_superseded(self, *, afresh: bool = False) -> None:
+        if self._claim is not None:
+            self._claim.check(afresh=afresh)
 
     # --- The result ---
 
@@ -140,12 +166,16 @@ class Mirror:
         files = ResultManifest.model_validate_json(text).files
         revoke = partial(self._delete, AttemptLayout.MANIFEST, there)
         in_parallel(
-            lambda name: push_file(self._store, name, self.layout / name, files[name], before_write=revoke),
+            lambda name: push_file(
+                self._store, name, self.layout / name, files[name], before_write=revoke, while_written=self._refuse_superseded
+            ),
             {checked_name(name): file.bytes for name, file in files.items()},
         )
         self._refuse_newer_attempt()
+        self._refuse_superseded(afresh=True)
         self.objects.put(AttemptLayout.MANIFEST, text)
         there.add(AttemptLayout.MANIFEST)
+        self._refuse_superseded(afresh=True)  # by one that puts its own manifest there
         try:
             self._refuse_newer_attempt()  # planned meanwhile, it may not have seen the manifest
         except TrainerError:
@@ -156,19 +186,6 @@ class Mirror:
     def _refuse_newer_attempt(self) -> None:
         parent, _, number = self.objects.uri.rpartition("/")
         refuse_newer_attempt(ObjectFolder(parent), int(number))
-
-
-def refuse_newer_attempt(attempts: ObjectFolder, number: int) -> None:
-    """Raises TrainerError (OCCUPIED) where a later attempt of the run was planned: its result counts, not this one's."""
-    numbers = sorted((int(name) for name in attempts.names() if name.isdigit() and int(name) > number), reverse=True)
-    begun = (AttemptLayout.PLAN, AttemptLayout.CONFIG)
-    newest = next((one for one in numbers if any(attempts.get(f"{one}/{name}") is not None for name in begun)), None)
-    if newest is not None:
-        raise TrainerError(
-            f"a newer attempt exists ({newest}), so attempt {number} keeps its result back",
-            hint="follow the newer attempt, which goes on from this one's checkpoints",
-            code=ExitCode.OCCUPIED,
-        )
 
 
 def pull_checkpoints(run_uri: str, folder: Path) -> Path | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -33,6 +34,7 @@ from trainer.contract import (
     JobFile,
     Phase,
     Progress,
+    TrainerError,
     TrainJob,
     utc_now,
 )
@@ -54,13 +56,19 @@ class Limits:
     slots: int = 1
     max_runtime_seconds: float = float("inf")
     grace_seconds: float = 8.0
+    patience_seconds: float = 15 * 60.0  # of a result for its store: longer than most outages, and cheaper than the training
 
 
 class StopNote:
-    """SIGTERM and SIGINT, noted from `listen` on. The first process of a container gets neither before it."""
+    """SIGTERM and SIGINT, noted from `listen` on. The first process of a container gets neither before it.
+
+    `fenced` says that somebody else's result counts by now: nothing is worth saving then.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.asked_at = math.inf  # by the monotonic clock
+        self.fenced: TrainerError | None = None
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -68,6 +76,7 @@ class StopNote:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
+        self.asked_at = min(self.asked_at, time.monotonic())
 
 
 @dataclass
@@ -120,6 +129,8 @@ class Supervisor:
 
     def _live(self, job: TrainJob, lock: int) -> ExitRecord:
         slot = self._wait_for_slot(job)
+        if self.stop.fenced is not None:
+            return describe_error(self.stop.fenced, self.started_at)
         if self._stop_wanted():
             return self._stopped_before_start()
         oom_kills = read_oom_kills()
@@ -160,7 +171,7 @@ class Supervisor:
 
     def _stopped_before_start(self) -> ExitRecord:
         return ExitRecord(
-            exit_code=ExitCode.PREEMPTED,
+            exit_code=ExitCode.CANCELLED if self._cancelled() else ExitCode.PREEMPTED,
             reason=None if self._cancelled() else FailureReason.PREEMPTED,
             message="stopped before the training started",
             cancelled=self._cancelled(),
@@ -196,6 +207,9 @@ class Supervisor:
             reap_orphans(fit.pid)
             now = time.monotonic()
             timed_out = timed_out or now > deadline
+            if self.stop.fenced is not None:
+                kill_group(fit.pid)  # nothing of it is worth saving
+                continue
             if (timed_out or self._stop_wanted()) and kill_at == float("inf"):
                 log.info("stopping the training: %s", "its time is over" if timed_out else "asked to")
                 kill_at = now + self.limits.grace_seconds
@@ -209,11 +223,13 @@ class Supervisor:
         return (self.attempt / AttemptLayout.STOP).exists()
 
     def _stop_wanted(self) -> bool:
-        return self.stop.signal is not None or self._cancelled()
+        return self.stop.signal is not None or self.stop.fenced is not None or self._cancelled()
 
     # --- How it ended --------------------------------------------------------------------------------
 
     def _describe(self, returncode: int, *, timed_out: bool, oom_killed: bool) -> ExitRecord:
+        if self.stop.fenced is not None and returncode != 0:
+            return describe_error(self.stop.fenced, self.started_at)
         failure = read_json(self.attempt / AttemptLayout.FAILURE) or {}
         code, reason, message, hint = explain_exit(returncode, failure, oom_killed=oom_killed)
         stopped = code != ExitCode.OK and (code == ExitCode.PREEMPTED or returncode < 0)
@@ -225,7 +241,7 @@ class Supervisor:
         elif stopped and self.stop.signal is not None and not cancelled:
             code, reason = ExitCode.PREEMPTED, FailureReason.PREEMPTED
         return ExitRecord(
-            exit_code=code,
+            exit_code=ExitCode.CANCELLED if cancelled else code,
             reason=None if cancelled else reason,
             message=message,
             hint=hint,
@@ -234,6 +250,11 @@ class Supervisor:
             started_at=self.started_at,
             phase_seconds=read_json(self.attempt / "phases.json") or {},
         )
+
+
+def describe_error(error: TrainerError, started_at: datetime) -> ExitRecord:
+    reason = EXIT_REASONS.get(error.code, FailureReason.UNKNOWN)
+    return ExitRecord(exit_code=error.code, reason=reason, message=error.message, hint=error.hint, started_at=started_at)
 
 
 def log_to_file(path: Path) -> None:

@@ -30,9 +30,9 @@ from trainer.contract import (
     parse_job,
 )
 from trainer.dataset_source import open_data
+from trainer.fencing import refuse_newer_attempt
 from trainer.files import DISK_FULL, write_json
 from trainer.frameworks import FitContext, FrameworkTrainer, get_trainer
-from trainer.mirror import refuse_newer_attempt
 from trainer.progress import ProgressWriter
 from trainer.result import build_manifest, choose_samples, write_evaluation, write_metrics, write_samples
 from trainer.stopping import Stopper, StopRequested

@@ -79,9 +79,18 @@ def open_for_files(uri: str) -> ObjectStore:
 
 
 def push_file(
-    store: ObjectStore, key: str, path: Path, expected: ManifestFile | None = None, before_write: Callable[[], None] = lambda: None
+    store: ObjectStore,
+    key: str,
+    path: Path,
+    expected: ManifestFile | None = None,
+    *,
+    before_write: Callable[[], None] = lambda: None,
+    while_written: Callable[[], None] = lambda: None,
 ) -> ManifestFile:
-    """One file, as `push_files` does it; `before_write` is called where the object is not there yet, or is another one."""
+    """One file, as `push_files` does it; `before_write` is called where the object is not there yet, or is another one.
+
+    `while_written` is called for each piece of a large file: what it raises abandons the upload.
+    """
     import obstore
     from obstore.store import LocalStore
 
@@ -97,7 +106,7 @@ def push_file(
     obstore.put(
         store,
         key,
-        _read_pieces(path, file) if content is None else content,
+        _read_pieces(path, file, while_written) if content is None else content,
         attributes=None if isinstance(store, LocalStore) else {DIGEST: file.sha256},
         chunk_size=max(PART_BYTES, file.bytes // MOST_PARTS + 1),
         max_concurrency=PARTS,
@@ -131,12 +140,13 @@ def is_same(found: ManifestFile | None, wanted: ManifestFile) -> bool:
     return found is not None and (found.sha256, found.bytes) == (wanted.sha256, wanted.bytes)
 
 
-def _read_pieces(path: Path, file: ManifestFile) -> Iterator[bytes]:
+def _read_pieces(path: Path, file: ManifestFile, while_written: Callable[[], None]) -> Iterator[bytes]:
     """The file's content; raises before its end, which abandons the upload, where it is not what was hashed."""
     total = hashlib.sha256()
     held = b""
     with path.open("rb") as opened:
         while piece := opened.read(READ_BYTES):
+            while_written()
             if held:
                 yield held
             total.update(piece)

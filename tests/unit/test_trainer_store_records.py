@@ -11,6 +11,7 @@ import pytest
 from blocks.garbage import PinFile
 from blocks.leases import CollectionMark, LeaseFile
 from blocks.refs import Ref
+from trainer.fencing import Owner
 from trainer.packs import ManifestHeader
 from trainer.store_records import StoreRecord
 
@@ -22,6 +23,7 @@ FIRST: dict[type[StoreRecord], dict[str, Any]] = {
     LeaseFile: {"dataset": "d"},
     CollectionMark: {"generation": "g", "deleting": True},
     PinFile: {"version": "v", "expires_at": TIME},
+    Owner: {"token": "t", "generation": 1},
 }
 by_kind = pytest.mark.parametrize("kind", FIRST, ids=lambda kind: kind.__name__)
 
