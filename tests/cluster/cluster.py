@@ -44,11 +44,6 @@ class Cluster:
         path = f"{Path(kubernetes_program('kubectl')).parent}{os.pathsep}{os.environ['PATH']}"
         return {"KUBECONFIG": str(self.admin), "PATH": path}
 
-    @property
-    def in_pod_environment(self) -> dict[str, str]:
-        """For a pod on the host's network that uses its own service account: there is no proxy for the cluster's own addresses."""
-        return {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(self.place.ports["api-server"])}
-
     def kubectl(
         self, *argv: str, stdin: str | None = None, login: Path | None = None, check: bool = True, timeout: float = 60
     ) -> subprocess.CompletedProcess[str]:

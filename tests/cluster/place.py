@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.components import cache_folder
-from tests.docker_registry import is_program, start_daemon, stop_process
-from tests.stack import free_port
+from tests.docker_registry import is_program, is_running, start_daemon, stop_process
+from tests.stack import free_port, wait_for
 
 NODE = "localhost"  # by this name the API server reaches the kubelet on loopback
 STATE = "cluster.json"
@@ -77,7 +77,9 @@ class Place:
     def start(self, program: str, command: list[str], options: Mapping[str, object], environment: Mapping[str, str] | None = None) -> None:
         """It outlives the process that starts it."""
         flags = [f"--{name}={value}" for name, value in options.items()]
-        start_daemon(program, [*command, *flags], self.run, self.log(program), {**os.environ, **(environment or {})})
+        pid = start_daemon(program, [*command, *flags], self.run, self.log(program), {**os.environ, **(environment or {})})
+        # Until then it is still what starts it.
+        wait_for(f"{program} to start", lambda: is_program(pid, program) or not is_running(pid), 10, every=0.02)
 
     def stop(self, program: str) -> None:
         if (pid := self.pid(program)) is not None:

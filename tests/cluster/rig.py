@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import control_plane, node
+from tests.cluster import api_address, control_plane, node
 from tests.cluster.cluster import Cluster
 from tests.cluster.place import Place, cluster_folder, found_place, new_place
 from tests.cluster.programs import require_programs
@@ -52,6 +52,7 @@ def start_or_find(folder: Path) -> Cluster:
     control_plane.start_control_plane(place)
     node.start_kubelet(place)
     cluster = Cluster(place)
+    cluster.apply(*api_address.policy(place.ports["api-server"]))
     cluster.wait_until_ready()
     return cluster
 

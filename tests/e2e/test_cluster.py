@@ -91,6 +91,17 @@ def test_a_service_account_may_do_what_its_role_says_and_nothing_else(cluster: C
     assert "Unauthorized" in refused.stderr or "must be logged in" in refused.stderr
 
 
+def test_a_pod_on_the_hosts_network_reaches_the_api_server_as_its_service_account(cluster: Cluster, namespace: str) -> None:
+    token_file = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+    script = f"nc -w 5 $KUBERNETES_SERVICE_HOST $KUBERNETES_SERVICE_PORT < /dev/null && cat {token_file}"
+    cluster.apply(pod("asks", shell(cluster, script), hostNetwork=True), namespace=namespace)
+    wait_for("the pod's end", lambda: phase(cluster, "asks", namespace) == "Succeeded", 60)
+    token = cluster.kubectl("logs", "asks", "--namespace", namespace).stdout
+    login = cluster.kubeconfig(namespace, "default", token=token)
+    identity = cluster.kubectl("auth", "whoami", "--output", "jsonpath={.status.userInfo.username}", login=login).stdout
+    assert identity == f"system:serviceaccount:{namespace}:default"
+
+
 def test_a_node_that_is_lost_and_comes_back(cluster: Cluster, namespace: str) -> None:
     cluster.apply(pod("lives", {"name": "main", "image": cluster.small_image}), namespace=namespace)
     wait_for("the pod to run", lambda: phase(cluster, "lives", namespace) == "Running", 60)
