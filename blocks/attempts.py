@@ -72,6 +72,12 @@ def next_step_of(record: RunRecord, *, max_attempts: int, resume: bool = False) 
     return next_step(outcomes, max_attempts=max_attempts, resume=resume)
 
 
+def provider_of(record: RunRecord) -> Provider[Any]:
+    """The provider that runs it, with the settings it was begun with; it reaches the record as the caller does."""
+    run = record.run()
+    return load_provider(run.provider, run.settings, record.access)
+
+
 def may_resume(record: RunRecord, flow_run_id: str) -> bool:
     """Whether this flow run's wish to resume still stands: it is good for one attempt, however often the flow is repeated."""
     attempts = record.attempts()
@@ -152,8 +158,7 @@ def cancel_run(
     ref = record.ref(attempt)
     if ref is None:
         return _cancel_unsubmitted(record, attempt)
-    run = record.run()
-    provider = load_provider(run.provider, run.settings)
+    provider = provider_of(record)
     provider.cancel(ref)
     deadline = time.monotonic() + wait_seconds
     while True:
@@ -167,9 +172,9 @@ def cancel_run(
 
 def _cancel_unsubmitted(record: RunRecord, attempt: int) -> Outcome | None:
     """A plan without a recorded job: a submitter may have died between the two, so the provider is asked first."""
-    run, plan = record.run(), record.plan(attempt)
+    plan = record.plan(attempt)
     assert plan is not None, "an attempt has a plan"
-    provider = load_provider(run.provider, run.settings)
+    provider = provider_of(record)
     ref = provider.find(plan)
     if ref is None:
         return close_unsubmitted(record, attempt)

@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from blocks import image
-from blocks.dataset_sources import choose_store, count_images, dataset_name, is_uri, split_staged
+from blocks.dataset_sources import count_images, dataset_name, is_uri, split_staged
 from blocks.job import JobSpec, Plan, TrainRequest
 from blocks.naming import display_name
-from blocks.profiles import LocalProfile, image_settings, load_profile
+from blocks.profiles import Profile, image_settings, load_profile
 from blocks.provider import Provider
-from blocks.record import default_output_uri
 from blocks.refs import find_version
 from trainer.contract import DatasetRef, RunLayout
 from trainer.dataset import DatasetIndex, check_dataset
-from trainer.storage import to_uri
 from trainer.store_access import access_to
 
 DRAFT_RUN_ID = "draft"
@@ -30,7 +28,7 @@ def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex | None]:
     index = None
     version, images = DRAFT_RUN_ID, 0  # of a bucket that is not registered yet
     if staged := split_staged(request.dataset):
-        with access_to(profile.store_access(staged[0])):
+        with access_to(profile.store_access(profile.choose_store(request))):
             version = find_version(*staged)
             images = count_images(staged[0], version)
     elif not is_uri(request.dataset):
@@ -38,8 +36,10 @@ def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex | None]:
         index = check_dataset(path, task=request.config.task, split=request.split, max_problem_share=request.max_problem_share)
         version, images = index.version, len(index.images)
     provider = profile.provider()
-    output_uri = to_uri(request.output or profile.output or default_output_uri())
-    store_uri = staged[0] if staged else None if index and not request.stage else choose_store(request, profile.store)
+    output_uri = profile.choose_output(request.output)
+    output_access = profile.access.resolve(output_uri)
+    in_place = index is not None and not request.stage and provider.CAPABILITIES.local_files
+    store_uri = None if in_place else profile.choose_store(request)
     name = index.name if index else dataset_name(request.dataset)
     spec = JobSpec(
         run_id=DRAFT_RUN_ID,
@@ -55,6 +55,7 @@ def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex | None]:
         ),
         resources=request.resources,
         output_uri=output_uri,
+        output_endpoint=output_access.endpoint if output_access else None,
         image=look_up_image(profile, provider),
         max_runtime_seconds=request.max_runtime_seconds,
         max_cost_usd=request.max_cost_usd,
@@ -65,7 +66,7 @@ def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex | None]:
     return provider.plan(spec), index
 
 
-def look_up_image(profile: LocalProfile, provider: Provider[Any]) -> str | None:
+def look_up_image(profile: Profile, provider: Provider[Any]) -> str | None:
     """The image by digest; None where the run would build it first, or needs none. Only looks."""
     if not provider.CAPABILITIES.needs_image:
         return None
