@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from blocks import load_provider
-from blocks.errors import JobFailed, JobNotFound, ResultMissing, RunCancelled
+from blocks.errors import JobFailed, ResultMissing, RunCancelled
 from blocks.job import FailureReason, JobRef, JobState, JobStatus, Result
 from blocks.provider import Provider
 from blocks.record import CancelRequest, Outcome, Receipt, RunRecord
@@ -162,7 +162,7 @@ def cancel_run(
     provider.cancel(ref)
     deadline = time.monotonic() + wait_seconds
     while True:
-        status = poll_or_lost(provider, ref)
+        status = provider.observe(ref)
         if status.state.is_terminal:
             return close(provider, record, ref, status)
         if time.monotonic() > deadline:
@@ -180,16 +180,8 @@ def _cancel_unsubmitted(record: RunRecord, attempt: int) -> Outcome | None:
         return close_unsubmitted(record, attempt)
     record.write_ref(ref)
     provider.cancel(ref)
-    status = poll_or_lost(provider, ref)
+    status = provider.observe(ref)
     return close(provider, record, ref, status) if status.state.is_terminal else None
-
-
-def poll_or_lost(provider: Provider[Any], ref: JobRef) -> JobStatus:
-    """One observation. A job that the provider no longer knows is lost, never a reason to create another under its key."""
-    try:
-        return provider.poll(ref)
-    except JobNotFound as exc:
-        return JobStatus(state=JobState.FAILED, native_state="lost", reason=FailureReason.INFRASTRUCTURE, message=exc.message)
 
 
 def close_unsubmitted(

@@ -16,13 +16,16 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import JsonValue, ValidationError
 
+from blocks.attempt_objects import parse_exit, read_exit, read_progress
 from blocks.credentials import AccessRef
-from blocks.errors import ConfigError, PlanChanged as PlanChangedError, ProviderError, ResultMissing, ServiceUnavailable
+from blocks.errors import ConfigError, JobNotFound, PlanChanged as PlanChangedError, ProviderError, ResultMissing, ServiceUnavailable
 from blocks.job import (
     Capabilities,
     CheckReport,
+    FailureReason,
     JobRef,
     JobSpec,
+    JobState,
     JobStatus,
     LogBatch,
     Plan,
@@ -159,6 +162,21 @@ class Provider(ABC, Generic[Settings]):
     def poll(self, ref: JobRef) -> JobStatus:
         """One observation. An unknown native word gives UNKNOWN. Raises JobNotFound where the provider knows no such job."""
 
+    def observe(self, ref: JobRef) -> JobStatus:
+        """As `poll`, but a job that the provider no longer knows is judged by the record: ended, if it said so there, else lost.
+
+        Never is that a reason to create another job under its key.
+        """
+        try:
+            return self.poll(ref)
+        except JobNotFound as exc:
+            objects = self.objects(ref.output_uri)
+            ended, progress = read_exit(objects), read_progress(objects)
+            if ended is not None:
+                return parse_exit(ended, progress)
+            reason = FailureReason.INFRASTRUCTURE
+            return JobStatus(state=JobState.FAILED, native_state="lost", reason=reason, message=exc.message, progress=progress)
+
     @abstractmethod
     def list_jobs(self) -> Iterator[tuple[JobRef, JobStatus]]:
         """Every job of ours that this provider knows, running or not."""
@@ -189,7 +207,7 @@ class Provider(ABC, Generic[Settings]):
             digest = folder.sha256(name)
             if digest != expected.sha256:
                 raise self._missing(ref, f"{name} is {'missing' if digest is None else 'not what the manifest says'}")
-        status = self.poll(ref)
+        status = self.observe(ref)
         started, ended = status.started_at or ref.submitted_at, status.ended_at or manifest.created_at
         seconds = seconds_between(started, ended)
         return Result(
@@ -213,7 +231,7 @@ class Provider(ABC, Generic[Settings]):
             weights = place.removesuffix(".json") + ".pt"
             if described.get("sha256") != folder.sha256(weights):
                 continue
-            status = self.poll(ref)
+            status = self.observe(ref)
             progress = status.progress
             seconds = seconds_between(status.started_at or ref.submitted_at, status.ended_at or status.observed_at)
             return Result(

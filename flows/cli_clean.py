@@ -38,8 +38,8 @@ class Age(click.ParamType[timedelta]):
 def rm(runs: tuple[str, ...], yes: bool) -> None:
     """Delete RUNs with their models, figures and records. An open run is refused."""
     from blocks.errors import ConfigError
-    from blocks.outputs import find_run
     from blocks.pruning import whole_run, why_in_use
+    from flows.finding import find_run
 
     removals: dict[str, Removal] = {}
     for name in runs:
@@ -62,8 +62,10 @@ def prune(older_than: timedelta, keep_best: bool, failed: bool, dry_run: bool, y
     """Delete checkpoints and working files of runs that succeeded; models, figures, reports and records stay."""
     from blocks.outputs import all_runs
     from blocks.pruning import find_leftovers
+    from flows import prefect_settings
     from trainer.contract import utc_now
 
+    prefect_settings.apply_defaults()
     removals = find_leftovers(all_runs(), older_than=older_than, failed=failed, keep_best=keep_best, now=utc_now())
     if not removals:
         click.echo("nothing to prune")

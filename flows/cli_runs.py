@@ -19,11 +19,12 @@ from blocks import load_provider
 from blocks.attempts import Action, cancel_run, next_step_of, provider_of
 from blocks.errors import ConfigError, JobNotFound, ServiceUnavailable, TransientError
 from blocks.job import JobRef, JobState, JobStatus
-from blocks.outputs import Listing, find_run, in_parallel, list_runs, remember_output
+from blocks.outputs import Listing, in_parallel
 from blocks.record import RunFile, RunRecord
 from flows.cli_clean import Age, prune, rm
 from flows.cli_completion import run_argument
 from flows.display import print_table
+from flows.finding import find_run, list_runs, remember_profile
 from flows.reporting_text import describe_status, format_cost, format_seconds
 from trainer.contract import ExitCode, TrainyardError, utc_now
 
@@ -131,17 +132,6 @@ def row_of(record: RunRecord, listing: Listing) -> dict[str, Any] | None:
     except (TrainyardError, OSError) as exc:
         listing.silent[record.uri] = exc
     return None
-
-
-def remember_profile(name: str) -> None:
-    """Notes where the profile keeps its runs, and how that is reached."""
-    from flows import prefect_settings
-
-    prefect_settings.apply_defaults()
-    from blocks.profiles import load_profile
-
-    profile = load_profile(name)
-    remember_output(profile.choose_output(None), profile.access)
 
 
 def fits(run: RunFile, *, name: str, owner: str | None, provider: str | None, since: timedelta | None) -> bool:
@@ -288,17 +278,16 @@ def is_over(record: RunRecord) -> bool:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def check(profile: str, as_json: bool) -> None:
     """Check, free of charge, that PROFILE can train: software, disk, access."""
+    output_uri = ""
     if profile == "local":
         provider, profiled = load_provider("local"), None
     else:
-        from flows import prefect_settings
-
-        prefect_settings.apply_defaults()
+        remember_profile(profile)
         from blocks.profiles import load_profile
 
         profiled = load_profile(profile)
-        provider = profiled.provider()
-    report = provider.check()
+        provider, output_uri = profiled.provider(), profiled.choose_output(None)
+    report = provider.check(output_uri)
     if profiled is not None and provider.CAPABILITIES.needs_image:
         from blocks.image import check_image
         from blocks.profiles import image_settings

@@ -28,8 +28,8 @@ from blocks.dataset_sources import (
     stage_index,
     unpin,
 )
-from blocks.errors import AuthError, ConfigError, JobNotFound, PlanChanged, QuotaError, RunCancelled, is_transient
-from blocks.job import FailureReason, JobRef, JobSpec, JobState, JobStatus, Plan, TrainRequest
+from blocks.errors import AuthError, ConfigError, PlanChanged, QuotaError, RunCancelled, is_transient
+from blocks.job import JobRef, JobSpec, JobState, JobStatus, Plan, TrainRequest
 from blocks.naming import display_name
 from blocks.outputs import remember_output
 from blocks.profiles import Profile, load_profile
@@ -226,7 +226,7 @@ def submit_job(provider: Provider[Any], record: RunRecord, plan: Plan) -> JobRef
 
 @task(name="watch", task_run_name="train {plan.spec.config.model}, {plan.spec.config.epochs} epochs", **RETRIES)
 def watch_job(provider: Provider[Any], record: RunRecord, plan: Plan, ref: JobRef, listener: Listener) -> JobStatus:
-    """The job's last status. A job that the provider no longer knows is lost, never a reason to create another under its key."""
+    """The job's last status."""
     logger = get_run_logger()
     reporter = ProgressReporter(record, logger)
     guard = StallGuard(record, ref, record.run().watch, provider.CAPABILITIES.poll_seconds[1], logger)
@@ -235,10 +235,7 @@ def watch_job(provider: Provider[Any], record: RunRecord, plan: Plan, ref: JobRe
         reporter.report(status)
         listener(status)
 
-    try:
-        return watch(provider, ref, record, plan.spec.max_runtime_seconds, tell, guard)
-    except JobNotFound as exc:
-        return JobStatus(state=JobState.FAILED, native_state="lost", reason=FailureReason.INFRASTRUCTURE, message=exc.message)
+    return watch(provider, ref, record, plan.spec.max_runtime_seconds, tell, guard)
 
 
 @task(name="collect", task_run_name="collect: {status.state.value}", **RETRIES)

@@ -24,7 +24,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Crashed, Scheduled
 from pydantic import ValidationError
 
-from blocks.attempts import Action, Step, cancel_run, close, next_step_of, poll_or_lost, provider_of
+from blocks.attempts import Action, Step, cancel_run, close, next_step_of, provider_of
 from blocks.driving import Driver, announce, driven_runs, drivers, forget, is_alive
 from blocks.record import RunFile, RunRecord
 from flows.identity import record_of_flow_run
@@ -242,7 +242,7 @@ def tend(record: RunRecord, run: RunFile | None) -> list[str]:
     if run is None or ref is None:
         return []
     provider = provider_of(record)
-    status = poll_or_lost(provider, ref)
+    status = provider.observe(ref)
     if not status.state.is_terminal:
         return []
     outcome = close(provider, record, ref, status)

@@ -112,7 +112,7 @@ def watch(
     asked_to_stop = False
     while True:
         try:
-            status = provider.poll(ref)
+            status = provider.observe(ref)
             listener(status)
             if status.state.is_terminal:
                 return as_restart(status, guard.restart_why)
