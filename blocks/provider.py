@@ -92,12 +92,8 @@ class Provider(ABC, Generic[Settings]):
             problems += problems_of_places(spec, self.NAME)
         return (*problems, *self._validate(spec))
 
-    @abstractmethod
-    def check(self, output_uri: str = "") -> CheckReport:
-        """Live and free of charge: can this profile train here, and write there? Per line ok, or the problem and what mends it."""
-
-    def plan(self, spec: JobSpec) -> Plan:
-        """Pure given the price table. Raises ConfigError with all problems of `validate`."""
+    def require_valid(self, spec: JobSpec) -> None:
+        """Raises ConfigError with all problems of `validate`."""
         problems = self.validate(spec)
         if problems:
             raise ConfigError(
@@ -106,6 +102,14 @@ class Provider(ABC, Generic[Settings]):
                 run_id=spec.run_id,
                 hint="; ".join(problem.hint for problem in problems if problem.hint),
             )
+
+    @abstractmethod
+    def check(self, output_uri: str = "") -> CheckReport:
+        """Live and free of charge: can this profile train here, and write there? Per line ok, or the problem and what mends it."""
+
+    def plan(self, spec: JobSpec) -> Plan:
+        """Pure given the price table. Raises ConfigError with all problems of `validate`."""
+        self.require_valid(spec)
         request, instance_type, region = self._build(spec)
         price = lookup_price(self.NAME, instance_type, region)
         worst_case = cost_usd(price, spec.resources.nodes, spec.max_runtime_seconds)

@@ -36,12 +36,25 @@ def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex | None]:
         index = check_dataset(path, task=request.config.task, split=request.split, max_problem_share=request.max_problem_share)
         version, images = index.version, len(index.images)
     provider = profile.provider()
+    spec = draft_spec(request, profile, provider, index, version=version, images=images)
+    return provider.plan(spec.model_copy(update={"image": look_up_image(profile, provider)})), index
+
+
+def draft_spec(
+    request: TrainRequest,
+    profile: Profile,
+    provider: Provider[Any],
+    index: DatasetIndex | None,
+    *,
+    version: str = DRAFT_RUN_ID,
+    images: int = 0,
+) -> JobSpec:
+    """What the first attempt will ask for, as far as it is known before anything is written. Raises ConfigError."""
     output_uri = profile.choose_output(request.output)
-    output_access = profile.access.resolve(output_uri)
+    access = profile.access.resolve(output_uri)
     in_place = index is not None and not request.stage and provider.CAPABILITIES.local_files
-    store_uri = None if in_place else profile.choose_store(request)
     name = index.name if index else dataset_name(request.dataset)
-    spec = JobSpec(
+    return JobSpec(
         run_id=DRAFT_RUN_ID,
         name=request.name or display_name(name, request.config.weights or request.config.model),
         config=request.config,
@@ -51,19 +64,17 @@ def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex | None]:
             version=version,
             name=name,
             image_count=images,
-            store_uri=store_uri,
+            store_uri=None if in_place else profile.choose_store(request),
         ),
         resources=request.resources,
         output_uri=output_uri,
-        output_endpoint=output_access.endpoint if output_access else None,
-        image=look_up_image(profile, provider),
+        output_endpoint=access.endpoint if access else None,
         max_runtime_seconds=request.max_runtime_seconds,
         max_cost_usd=request.max_cost_usd,
         project=request.project or "",
         cost_centre=request.cost_centre or "",
         profile=request.profile,
     )
-    return provider.plan(spec), index
 
 
 def look_up_image(profile: Profile, provider: Provider[Any]) -> str | None:

@@ -28,6 +28,7 @@ from blocks.provider import Provider
 from blocks.record import RunFile, RunRecord
 from flows import image as image_tasks, job_tasks, reporting
 from flows.cancelling import cancel_job, stop_if_cancelled
+from flows.drafting import draft_spec
 from flows.identity import choose_run_id
 from flows.reporting_text import describe_result
 from flows.telling import tell_news
@@ -153,9 +154,10 @@ def go_through(
         # What is refused is refused before anything is written.
         job_tasks.check_provider(provider, record.output_uri)
         index = job_tasks.read_dataset(request)
+        provider.require_valid(draft_spec(request, profile, provider, index))
+        image = image_tasks.image_of_run(profile, provider, record)
         if request.stage or index is None or not provider.CAPABILITIES.local_files:
             source = job_tasks.stage_dataset(profile, request, record, index, listener)
-        image = image_tasks.image_of_run(profile, provider, record)
     run = job_tasks.open_run(record, request, provider, flow_run_id, index, source)
 
     def find_image() -> str | None:
