@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from blocks import load_provider
-from blocks.errors import JobFailed, JobNotFound, ResultMissing, RunCancelled
+from blocks.errors import JobFailed, ResultMissing, RunCancelled
 from blocks.job import FailureReason, JobRef, JobState, JobStatus, Result
 from blocks.provider import Provider
 from blocks.record import CancelRequest, Outcome, Receipt, RunRecord
@@ -70,6 +70,12 @@ def next_step_of(record: RunRecord, *, max_attempts: int, resume: bool = False) 
     if outcomes and outcomes[-1] is not None and record.cancel_request(attempts[-1]) is not None and not resume:
         return Step(Action.DONE, attempts[-1], "it was cancelled")
     return next_step(outcomes, max_attempts=max_attempts, resume=resume)
+
+
+def provider_of(record: RunRecord) -> Provider[Any]:
+    """The provider that runs it, with the settings it was begun with; it reaches the record as the caller does."""
+    run = record.run()
+    return load_provider(run.provider, run.settings, record.access)
 
 
 def may_resume(record: RunRecord, flow_run_id: str) -> bool:
@@ -152,12 +158,11 @@ def cancel_run(
     ref = record.ref(attempt)
     if ref is None:
         return _cancel_unsubmitted(record, attempt)
-    run = record.run()
-    provider = load_provider(run.provider, run.settings)
+    provider = provider_of(record)
     provider.cancel(ref)
     deadline = time.monotonic() + wait_seconds
     while True:
-        status = poll_or_lost(provider, ref)
+        status = provider.observe(ref)
         if status.state.is_terminal:
             return close(provider, record, ref, status)
         if time.monotonic() > deadline:
@@ -167,24 +172,16 @@ def cancel_run(
 
 def _cancel_unsubmitted(record: RunRecord, attempt: int) -> Outcome | None:
     """A plan without a recorded job: a submitter may have died between the two, so the provider is asked first."""
-    run, plan = record.run(), record.plan(attempt)
+    plan = record.plan(attempt)
     assert plan is not None, "an attempt has a plan"
-    provider = load_provider(run.provider, run.settings)
+    provider = provider_of(record)
     ref = provider.find(plan)
     if ref is None:
         return close_unsubmitted(record, attempt)
     record.write_ref(ref)
     provider.cancel(ref)
-    status = poll_or_lost(provider, ref)
+    status = provider.observe(ref)
     return close(provider, record, ref, status) if status.state.is_terminal else None
-
-
-def poll_or_lost(provider: Provider[Any], ref: JobRef) -> JobStatus:
-    """One observation. A job that the provider no longer knows is lost, never a reason to create another under its key."""
-    try:
-        return provider.poll(ref)
-    except JobNotFound as exc:
-        return JobStatus(state=JobState.FAILED, native_state="lost", reason=FailureReason.INFRASTRUCTURE, message=exc.message)
 
 
 def close_unsubmitted(

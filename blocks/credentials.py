@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
+import importlib
+import time
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from blocks.errors import ConfigError
 from trainer.store_access import StoreAccess
+
+REFRESH_SECONDS = 15 * 60.0  # a saved block may be given a new key while `trainyard up` lives
+
+
+@dataclass(frozen=True)
+class AccessRef:
+    """How to reach a store, by reference: its address, and the name of saved credentials. Holds no secret, so it may be stored."""
+
+    endpoint: str | None = None
+    credentials: str | None = None
+
+    def resolve(self, uri: str) -> StoreAccess | None:
+        """None where the environment says it. Loads the credentials when they are first needed. Raises ConfigError, ServiceUnavailable."""
+        scheme = urlsplit(uri).scheme
+        if scheme in ("", "file") or not (self.endpoint or self.credentials):
+            return None
+        made_at, access = _resolved.get((self, scheme), (0.0, None))
+        if access is None or time.monotonic() - made_at > REFRESH_SECONDS:
+            access = StoreAccess(scheme=scheme, endpoint=self.endpoint)
+            if self.credentials:
+                # By name: of all blocks, only that module may load Prefect.
+                loaded = importlib.import_module("blocks.profiles").load_credentials(self.credentials)
+                access = build_access(loaded, scheme, self.endpoint)
+            _resolved[self, scheme] = (time.monotonic(), access)
+        return access
+
+
+# The same value for the same store: those that are open are kept by it.
+_resolved: dict[tuple[AccessRef, str], tuple[float, StoreAccess]] = {}
 
 
 def build_access(credentials: Any, scheme: str, endpoint: str | None) -> StoreAccess:

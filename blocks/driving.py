@@ -11,7 +11,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 
@@ -19,11 +19,14 @@ import psutil
 from pydantic import AwareDatetime, Field
 
 from blocks.attempts import Action, next_step_of
-from blocks.record import RunRecord, known_outputs, remember_output
-from trainer.contract import StoredRecord, utc_now
-from trainer.storage import ObjectFolder
+from blocks.errors import is_transient
+from blocks.outputs import Output, look_everywhere, remember_output, tell_silent
+from blocks.record import RunRecord
+from trainer.contract import StoredRecord, TrainerError, utc_now
+from trainer.storage import is_bucket
 
 DRIVERS = "drivers"
+DRIVEN = ".driven"  # beside the runs of a bucket: a name for each run that has drivers
 BEAT_SECONDS = 20.0
 # For a driver on another machine, whose process cannot be looked at.
 SILENCE_ALLOWED = timedelta(seconds=120)
@@ -56,22 +59,35 @@ def drivers(record: RunRecord) -> list[Driver]:
 
 def announce(record: RunRecord, flow_run_id: str) -> None:
     """A flow run is to work on the run and has no process yet. It writes its own object in place of this one."""
-    driver = Driver(flow_run_id=flow_run_id, deployed=True, host=socket.gethostname(), pid=0, pid_created_at=0)
-    record.folder.put(f"{DRIVERS}/{flow_run_id}.json", driver.model_dump_json(indent=1).encode())
+    _write(record, Driver(flow_run_id=flow_run_id, deployed=True, host=socket.gethostname(), pid=0, pid_created_at=0))
 
 
 def forget(record: RunRecord, flow_run_id: str) -> None:
     record.folder.delete(f"{DRIVERS}/{flow_run_id}.json")
+    if is_bucket(record.uri) and not record.folder.names(DRIVERS):
+        _output_of(record).folder.delete(f"{DRIVEN}/{record.run_id}")
 
 
-def driven_runs() -> list[RunRecord]:
-    """The runs of the known output folders that somebody works on, or worked on and left in disorder."""
-    return [
-        RunRecord(uri, name)
-        for uri in known_outputs()
-        for name in ObjectFolder(uri).names()
-        if ObjectFolder(uri).names(f"{name}/{DRIVERS}")
-    ]
+def _write(record: RunRecord, driver: Driver) -> None:
+    if is_bucket(record.uri):
+        # First, and at every beat: a driver that ended may take it away at this moment.
+        _output_of(record).folder.put(f"{DRIVEN}/{record.run_id}", b"")
+    record.folder.put(f"{DRIVERS}/{driver.flow_run_id}.json", driver.model_dump_json(indent=1).encode())
+
+
+def _output_of(record: RunRecord) -> Output:
+    return Output(record.output_uri, record.access)
+
+
+def driven_runs(on_silent: Callable[[Output, Exception], None] = tell_silent) -> list[RunRecord]:
+    """The runs of the known outputs that somebody works on, or worked on and left in disorder."""
+    return look_everywhere(_driven_in, on_silent)
+
+
+def _driven_in(output: Output) -> list[RunRecord]:
+    # A bucket is paid by the request, and may hold thousands of runs: there, one list names those that are driven.
+    candidates = map(output.record, output.folder.names(DRIVEN)) if output.is_bucket else output.records()
+    return [record for record in candidates if record.folder.names(DRIVERS)]
 
 
 class Heartbeat:
@@ -97,7 +113,7 @@ class Heartbeat:
             pid=os.getpid(),
             pid_created_at=process.create_time(),
         )
-        self.record.folder.put(f"{DRIVERS}/{self.flow_run_id}.json", driver.model_dump_json(indent=1).encode())
+        _write(self.record, driver)
         self.written_at = now
         return True
 
@@ -109,12 +125,14 @@ def driving(record: RunRecord, flow_run_id: str, *, deployed: bool, max_attempts
     Left behind is the object of one that was killed, interrupted or told to terminate, or that lost touch with
     the provider while the run is open: somebody else may go on.
     """
-    remember_output(record.output_uri)
+    remember_output(record.output_uri, record.access)
     beat = Heartbeat(record, flow_run_id, deployed=deployed)
     beat()
     try:
         yield beat
-    except Exception:
+    except Exception as exc:
+        if isinstance(exc, TrainerError) and is_transient(exc):
+            raise  # of the record's own store, which cannot be asked now
         over = not record.exists() or next_step_of(record, max_attempts=max_attempts).action is Action.DONE
         if over and not beat.keep:
             forget(record, flow_run_id)

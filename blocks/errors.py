@@ -126,3 +126,8 @@ class CapacityError(TransientError):
 
 class ServiceUnavailable(TransientError):
     pass
+
+
+def is_transient(exc: object) -> bool:
+    """Whether the same call may succeed later: a provider says so, or a store does not answer, after its own patience."""
+    return isinstance(exc, TransientError) or (isinstance(exc, TrainerError) and exc.code is ExitCode.UNAVAILABLE)

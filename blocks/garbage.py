@@ -288,8 +288,8 @@ def _list(store: ObjectStore, kind: str) -> list[StoredObject]:
 def versions_of_open_runs() -> set[str]:
     """Of the runs that this machine knows; those of others are pinned."""
     from blocks.errors import RunNotFound
+    from blocks.outputs import all_runs
     from blocks.pruning import why_in_use
-    from blocks.record import all_runs
 
     versions: set[str] = set()
     for record in all_runs():

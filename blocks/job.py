@@ -122,6 +122,7 @@ class JobSpec(UserInput):
     dataset: DatasetRef
     resources: Resources = Field(default_factory=Resources)
     output_uri: str
+    output_endpoint: str | None = Field(default=None, description="Address of the output's store, where that is not its cloud's own.")
     image: str | None = Field(default=None, description="Container image by digest; None for a draft, or where no container runs.")
     secrets: dict[str, str] = Field(default_factory=dict, description="Name to reference in the provider's secret store; never a value.")
     max_runtime_seconds: int
@@ -255,6 +256,7 @@ class Capabilities(BaseModel):
     spot: bool
     nodes: int = Field(description="Most machines of one job.")
     needs_image: bool
+    local_files: bool = Field(default=False, description="A job sees the folders of the machine where the flow runs.")
     max_runtime_seconds: int
     poll_seconds: tuple[float, float] = Field(description="Shortest and longest wait between two observations.")
 

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import os
 from typing import Any, Literal, Self
-from urllib.parse import urlsplit
 
+import httpx
 from prefect.blocks.core import Block
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from blocks import load_provider
-from blocks.credentials import build_access
-from blocks.errors import ConfigError, MissingExtra
+from blocks.credentials import AccessRef
+from blocks.dataset_sources import ENV_STORE, choose_store, split_staged
+from blocks.errors import ConfigError, MissingExtra, ServiceUnavailable
 from blocks.image import DEFAULT_REPOSITORY, ImageSettings
 from blocks.image_ref import ImageRef
 from blocks.image_source import DEFAULT_PLATFORM
-from blocks.job import WatchPolicy
+from blocks.job import TrainRequest, WatchPolicy
+from blocks.outputs import default_output_uri
 from blocks.provider import Provider
 from blocks.registry_login import Identity
+from trainer.storage import is_bucket, to_uri
 from trainer.store_access import StoreAccess
 
 
@@ -78,32 +82,22 @@ class ImageFields(BaseModel):
         )
 
 
-class LocalProfile(Block):
-    """Train on the machine where the Prefect worker runs."""
+class Profile(BaseModel):
+    """What every profile has: where runs and datasets are kept, and what a stall is. Beside `Block` as a base.
 
-    _block_type_name = "Trainyard Local"
-    _block_type_slug = "trainyard-local"
-    _description = "Trains on the machine where the flow runs."
-    model_config = ConfigDict(extra="forbid")
+    Written for a provider whose jobs run elsewhere, so that all they read and write is in a bucket.
+    """
 
-    # Prefect refuses a block whose fields all have defaults as a flow parameter; one is required.
-    slots: int = Field(ge=1, le=64, description="Trainings at a time on this machine; others wait in a queue.")
-    output: str | None = Field(default=None, description="Folder for runs. Empty: the runs folder in the user's home.")
-    min_free_gib: float = Field(default=1.0, ge=0, description="Refuse to start with less free disk than this, in GiB.")
-    store: str | None = Field(
-        default=None, description="Bucket URI or folder that datasets are staged to. Empty: a folder of this machine."
-    )
+    output: str | None = Field(default=None, description="Bucket URI that keeps the runs. Empty: the folder runs of the store.")
+    store: str | None = Field(default=None, description="Bucket URI that datasets are staged to. Empty: $TRAINYARD_STORE.")
     store_endpoint: str | None = Field(
         default=None, description="Address of an S3-compatible store (MinIO, R2, Ceph). Empty: the cloud's own."
     )
     store_credentials: str | None = Field(
         default=None,
         pattern=r"^[a-z0-9-]+/[a-z0-9-]+$",
-        description="Saved credentials to stage with, as type/name: aws-credentials/prod, azure-blob-storage-credentials/prod. "
-        "Empty: the environment's. The training itself uses the identity of the machine it runs on.",
-    )
-    cache_limit_gib: float = Field(
-        default=50.0, gt=0, description="Datasets fetched from a store stay on this machine up to so many GiB; the least recently used go."
+        description="Saved credentials to reach the store from here, as type/name: aws-credentials/prod, "
+        "azure-blob-storage-credentials/prod. Empty: the environment's. The training itself uses the identity of the machine it runs on.",
     )
     stall_factor: float = Field(
         default=30.0, ge=3, le=10_000, description="A training is stalled after so many times the usual time of a step without a step."
@@ -126,21 +120,78 @@ class LocalProfile(Block):
         """The fields of the same names as one value, for the run's record."""
         return WatchPolicy(**{name: value for name, value in self.model_dump().items() if name in WatchPolicy.model_fields})
 
+    @property
+    def access(self) -> AccessRef:
+        """How stores are reached from here: those of datasets, and that of the runs."""
+        return AccessRef(self.store_endpoint, self.store_credentials)
+
     def provider(self) -> Provider[Any]:
-        settings = {"slots": self.slots, "min_free_gib": self.min_free_gib, "cache_limit_gib": self.cache_limit_gib}
-        return load_provider("local", settings)
+        raise NotImplementedError(f"{type(self).__name__} has no provider")
+
+    def choose_output(self, asked: str | None) -> str:
+        """Where a run's record is kept. Raises ConfigError where that is no bucket."""
+        store = self.store or os.environ.get(ENV_STORE)
+        uri = asked or self.output or (f"{store.rstrip('/')}/runs" if store else None)
+        if uri is None:
+            raise ConfigError("nothing says where the runs are kept", hint=f"give the profile a store in a bucket, or --output {EXAMPLE}")
+        return require_bucket(uri, "--output")
+
+    def choose_store(self, request: TrainRequest) -> str:
+        """Where the dataset is staged, or lies staged. Raises ConfigError where that is no bucket."""
+        if staged := split_staged(request.dataset):
+            return require_bucket(staged[0], "--store")
+        if not (request.store or self.store or os.environ.get(ENV_STORE)):
+            raise ConfigError("nothing says where the dataset is staged to", hint=f"give the profile a store, or --store {EXAMPLE}")
+        return require_bucket(choose_store(request, self.store), "--store")
 
     def store_access(self, uri: str) -> StoreAccess | None:
         """How to reach the store from here; None where the environment says it. Raises ConfigError for credentials that do not fit."""
-        scheme = urlsplit(uri).scheme
-        if scheme == "file":
-            return None
-        if self.store_credentials:
-            return build_access(load_credentials(self.store_credentials), scheme, self.store_endpoint)
-        return StoreAccess(scheme=scheme, endpoint=self.store_endpoint) if self.store_endpoint else None
+        return self.access.resolve(uri)
 
 
-PROFILES: tuple[type[LocalProfile], ...] = (LocalProfile,)
+EXAMPLE = "s3://bucket/prefix"
+
+
+def require_bucket(uri: str, option: str) -> str:
+    if not is_bucket(uri):
+        raise ConfigError(
+            f"{uri} is on this machine, and the job runs elsewhere", hint=f"use a bucket, in the profile or by {option}: {EXAMPLE}"
+        )
+    return to_uri(uri)
+
+
+class LocalProfile(Profile, Block):
+    """Train on the machine where the Prefect worker runs."""
+
+    _block_type_name = "Trainyard Local"
+    _block_type_slug = "trainyard-local"
+    _description = "Trains on the machine where the flow runs."
+    model_config = ConfigDict(extra="forbid")
+
+    # Prefect refuses a block whose fields all have defaults as a flow parameter; one is required.
+    slots: int = Field(ge=1, le=64, description="Trainings at a time on this machine; others wait in a queue.")
+    output: str | None = Field(default=None, description="Folder for runs. Empty: the runs folder in the user's home.")
+    min_free_gib: float = Field(default=1.0, ge=0, description="Refuse to start with less free disk than this, in GiB.")
+    store: str | None = Field(
+        default=None, description="Bucket URI or folder that datasets are staged to. Empty: a folder of this machine."
+    )
+    cache_limit_gib: float = Field(
+        default=50.0, gt=0, description="Datasets fetched from a store stay on this machine up to so many GiB; the least recently used go."
+    )
+
+    def provider(self) -> Provider[Any]:
+        settings = {"slots": self.slots, "min_free_gib": self.min_free_gib, "cache_limit_gib": self.cache_limit_gib}
+        return load_provider("local", settings, self.access)
+
+    def choose_output(self, asked: str | None) -> str:
+        return to_uri(asked or self.output or default_output_uri())
+
+    def choose_store(self, request: TrainRequest) -> str:
+        staged = split_staged(request.dataset)
+        return staged[0] if staged else choose_store(request, self.store)
+
+
+PROFILES: tuple[type[Block], ...] = (LocalProfile,)
 
 
 CREDENTIALS = {"aws-credentials": "aws", "minio-credentials": "aws", "azure-blob-storage-credentials": "azure"}
@@ -161,15 +212,17 @@ def load_credentials(slug: str) -> Any:
         loaded = Block.load(slug)
     except ValueError as exc:
         raise ConfigError(f"no credentials are saved as {slug!r}", hint="save them in the Prefect UI under Blocks") from exc
+    except httpx.HTTPError as exc:
+        raise ServiceUnavailable(f"the Prefect server that keeps {slug!r} does not answer ({type(exc).__name__})") from exc
     return asyncio.run(loaded) if asyncio.iscoroutine(loaded) else loaded
 
 
-def image_settings(profile: Block) -> ImageSettings:
+def image_settings(profile: BaseModel) -> ImageSettings:
     """Those of the profile; none where it has no such fields, which is then explained as a profile that says nothing of it."""
     return profile.image_settings() if isinstance(profile, ImageFields) else ImageSettings()
 
 
-def load_profile(name: str) -> LocalProfile:
+def load_profile(name: str) -> Profile:
     """The profile saved under `name`, of whichever provider. Raises ConfigError where there is none."""
     if name == "local":
         return LocalProfile(slots=1)

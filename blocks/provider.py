@@ -2,7 +2,8 @@
 
 No verb sleeps, loops over time, or retries: the flow does. Every verb may be repeated. An author of a
 provider writes `settings`, `CAPABILITIES`, a pure `build_request` and `parse_status`, and thin I/O
-(`_find`, `_create`, `poll`, `list_jobs`, `logs`, `cancel`); the rest is written once, here.
+(`_find`, `_create`, `poll`, `list_jobs`, `logs`, `cancel`); the rest is written once, here and, of what
+the trainer leaves in the run's record, in `blocks/attempt_objects.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import JsonValue, ValidationError
 
-from blocks.errors import ConfigError, PlanChanged as PlanChangedError, ProviderError, ResultMissing, ServiceUnavailable
+from blocks.attempt_objects import parse_exit, read_exit, read_progress
+from blocks.credentials import AccessRef
+from blocks.errors import ConfigError, JobNotFound, PlanChanged as PlanChangedError, ProviderError, ResultMissing, ServiceUnavailable
 from blocks.job import (
     Capabilities,
     CheckReport,
+    FailureReason,
     JobRef,
     JobSpec,
+    JobState,
     JobStatus,
     LogBatch,
     Plan,
@@ -32,7 +37,7 @@ from blocks.job import (
 )
 from blocks.pricing import cost_usd, lookup_price
 from trainer.contract import AttemptLayout, ManifestFile, ResultManifest, UserInput
-from trainer.storage import ObjectFolder
+from trainer.storage import ObjectFolder, is_bucket
 
 Settings = TypeVar("Settings", bound=UserInput)
 
@@ -46,16 +51,21 @@ class Provider(ABC, Generic[Settings]):
     CAPABILITIES: ClassVar[Capabilities]
     SETTINGS: ClassVar[type[UserInput]]
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, access: AccessRef | None = None) -> None:
         self.settings = settings
+        self.access = access or AccessRef()
 
     @classmethod
-    def from_settings(cls, values: dict[str, Any]) -> Self:
+    def from_settings(cls, values: dict[str, Any], access: AccessRef | None = None) -> Self:
         """Raises ConfigError naming every field that does not fit."""
         try:
-            return cls(cls.SETTINGS.model_validate(values))  # type: ignore[arg-type]
+            return cls(cls.SETTINGS.model_validate(values), access)  # type: ignore[arg-type]
         except ValidationError as exc:
             raise ConfigError(describe_validation(exc), provider=cls.NAME, hint="mend the profile") from exc
+
+    def objects(self, uri: str) -> ObjectFolder:
+        """The objects below a URI of the run's record, reached as the profile says."""
+        return ObjectFolder(uri, self.access.resolve(uri))
 
     # --- What callers use ----------------------------------------------------------------------
 
@@ -78,14 +88,12 @@ class Provider(ABC, Generic[Settings]):
             )
         if spec.image is not None and "@sha256:" not in spec.image:
             problems.append(Problem(field="image", message=f"{spec.image!r} is not a digest", hint="name@sha256:..."))
+        if not capabilities.local_files:
+            problems += problems_of_places(spec, self.NAME)
         return (*problems, *self._validate(spec))
 
-    @abstractmethod
-    def check(self, output_uri: str = "") -> CheckReport:
-        """Live and free of charge: can this profile train here, and write there? Per line ok, or the problem and what mends it."""
-
-    def plan(self, spec: JobSpec) -> Plan:
-        """Pure given the price table. Raises ConfigError with all problems of `validate`."""
+    def require_valid(self, spec: JobSpec) -> None:
+        """Raises ConfigError with all problems of `validate`."""
         problems = self.validate(spec)
         if problems:
             raise ConfigError(
@@ -94,6 +102,14 @@ class Provider(ABC, Generic[Settings]):
                 run_id=spec.run_id,
                 hint="; ".join(problem.hint for problem in problems if problem.hint),
             )
+
+    @abstractmethod
+    def check(self, output_uri: str = "") -> CheckReport:
+        """Live and free of charge: can this profile train here, and write there? Per line ok, or the problem and what mends it."""
+
+    def plan(self, spec: JobSpec) -> Plan:
+        """Pure given the price table. Raises ConfigError with all problems of `validate`."""
+        self.require_valid(spec)
         request, instance_type, region = self._build(spec)
         price = lookup_price(self.NAME, instance_type, region)
         worst_case = cost_usd(price, spec.resources.nodes, spec.max_runtime_seconds)
@@ -150,6 +166,21 @@ class Provider(ABC, Generic[Settings]):
     def poll(self, ref: JobRef) -> JobStatus:
         """One observation. An unknown native word gives UNKNOWN. Raises JobNotFound where the provider knows no such job."""
 
+    def observe(self, ref: JobRef) -> JobStatus:
+        """As `poll`, but a job that the provider no longer knows is judged by the record: ended, if it said so there, else lost.
+
+        Never is that a reason to create another job under its key.
+        """
+        try:
+            return self.poll(ref)
+        except JobNotFound as exc:
+            objects = self.objects(ref.output_uri)
+            ended, progress = read_exit(objects), read_progress(objects)
+            if ended is not None:
+                return parse_exit(ended, progress)
+            reason = FailureReason.INFRASTRUCTURE
+            return JobStatus(state=JobState.FAILED, native_state="lost", reason=reason, message=exc.message, progress=progress)
+
     @abstractmethod
     def list_jobs(self) -> Iterator[tuple[JobRef, JobStatus]]:
         """Every job of ours that this provider knows, running or not."""
@@ -167,7 +198,7 @@ class Provider(ABC, Generic[Settings]):
 
         With `allow_partial`, the last checkpoint of a job that did not come to its end is a result too, if its hash is right.
         """
-        folder = ObjectFolder(ref.output_uri)
+        folder = self.objects(ref.output_uri)
         data = folder.get(AttemptLayout.MANIFEST)
         if data is None and allow_partial:
             return self._collect_checkpoint(ref, folder)
@@ -180,7 +211,7 @@ class Provider(ABC, Generic[Settings]):
             digest = folder.sha256(name)
             if digest != expected.sha256:
                 raise self._missing(ref, f"{name} is {'missing' if digest is None else 'not what the manifest says'}")
-        status = self.poll(ref)
+        status = self.observe(ref)
         started, ended = status.started_at or ref.submitted_at, status.ended_at or manifest.created_at
         seconds = seconds_between(started, ended)
         return Result(
@@ -204,7 +235,7 @@ class Provider(ABC, Generic[Settings]):
             weights = place.removesuffix(".json") + ".pt"
             if described.get("sha256") != folder.sha256(weights):
                 continue
-            status = self.poll(ref)
+            status = self.observe(ref)
             progress = status.progress
             seconds = seconds_between(status.started_at or ref.submitted_at, status.ended_at or status.observed_at)
             return Result(
@@ -270,6 +301,24 @@ class Provider(ABC, Generic[Settings]):
             run_id=ref.run_id,
             hint=f"`trainyard logs {ref.run_id}` shows what it did",
         )
+
+
+def problems_of_places(spec: JobSpec, provider: str) -> list[Problem]:
+    """What of a spec lies on this machine, where a job that runs elsewhere finds nothing."""
+    problems: list[Problem] = []
+    if not is_bucket(spec.output_uri):
+        hint = "give the profile an output, or a store, in a bucket; or --output s3://..., az://..., gs://..."
+        problems.append(Problem(field="output", message=f"{spec.output_uri} is on this machine, out of reach of {provider}", hint=hint))
+    if spec.dataset.store_uri is None or not is_bucket(spec.dataset.store_uri):
+        place = spec.dataset.store_uri or spec.dataset.root
+        hint = "give the profile a store in a bucket, or --store s3://..., az://..., gs://..."
+        problems.append(Problem(field="dataset", message=f"{place} is on this machine, out of reach of {provider}", hint=hint))
+    for name in ("weights", "model"):
+        value = getattr(spec.config, name)
+        if value is not None and value.startswith(("/", "file://")):
+            hint = "give a published name such as yolo11n.pt, or put the file into a bucket and give its URI"
+            problems.append(Problem(field=name, message=f"{value} is on this machine, out of reach of {provider}", hint=hint))
+    return problems
 
 
 def describe_validation(exc: ValidationError) -> str:

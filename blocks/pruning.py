@@ -7,7 +7,7 @@ import secrets
 import shutil
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
@@ -17,19 +17,27 @@ from blocks.job import JobState
 from blocks.record import RunRecord
 from trainer.contract import AttemptLayout, RunLayout, utc_now
 from trainer.locks import is_held
-from trainer.storage import to_path
+from trainer.storage import is_bucket, to_path, to_uri
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Paths of one run that go, and what that frees. Links count as links: a dataset they point to stays."""
+    """Paths of one run that go, or the names of its objects in a bucket, and what that frees.
+
+    Links count as links: a dataset they point to stays.
+    """
 
     record: RunRecord
     name: str
     state: str
-    paths: tuple[Path, ...]
     files: int
     bytes: int
+    paths: tuple[Path, ...] = ()
+    objects: tuple[str, ...] = ()
+
+    @property
+    def uris(self) -> list[str]:
+        return [path.as_uri() for path in self.paths] + [f"{self.record.uri}/{name}" for name in self.objects]
 
 
 def why_in_use(record: RunRecord) -> str:
@@ -42,8 +50,7 @@ def why_in_use(record: RunRecord) -> str:
         return "its record is damaged, so that nobody can tell whether it is over"
     if step.action is not Action.DONE:
         return "it is open"
-    attempts = _attempts_folder(record)
-    if any(is_held(folder / AttemptLayout.LOCK) for folder in _subfolders(attempts)):
+    if not is_bucket(record.uri) and any(is_held(folder / AttemptLayout.LOCK) for folder in _subfolders(_attempts_folder(record))):
         return "its training process is still there"
     return "a process still works on it" if working else ""
 
@@ -56,16 +63,18 @@ def state_of(record: RunRecord) -> JobState:
 
 
 def whole_run(record: RunRecord) -> Removal:
-    return _removal(record, (to_path(record.uri),))
+    return _removal_of_objects(record, record.folder.sizes()) if is_bucket(record.uri) else _removal(record, (to_path(record.uri),))
 
 
 def leftovers(record: RunRecord, *, keep_best: bool = False) -> Removal:
     """The checkpoints and working folders of every attempt; with `keep_best` not the best epoch's checkpoint."""
+    if is_bucket(record.uri):
+        return _leftovers_in_bucket(record, keep_best=keep_best)
     paths: list[Path] = []
     for attempt in _subfolders(_attempts_folder(record)):
         work, checkpoints = attempt / AttemptLayout.WORK, attempt / AttemptLayout.CHECKPOINTS
         paths += [work] if work.is_dir() else []
-        best = _best_checkpoint(checkpoints) if keep_best else ""
+        best = _best_checkpoint(record, f"{RunLayout.ATTEMPTS}/{attempt.name}/{AttemptLayout.CHECKPOINTS}") if keep_best else ""
         if best:
             paths += [file for file in checkpoints.iterdir() if file.stem != best]
         elif checkpoints.is_dir():
@@ -83,21 +92,21 @@ def find_leftovers(
         if why_in_use(record) or (state_of(record) is not JobState.SUCCEEDED and not failed) or _ended_at(record) > now - older_than:
             continue
         removal = leftovers(record, keep_best=keep_best)
-        if removal.paths and not any(file.is_relative_to(path) for file in wanted for path in removal.paths):
+        if removal.files and not any(f"{uri}/".startswith(f"{gone}/") for uri in wanted for gone in removal.uris):
             found.append(removal)
     return found
 
 
-def weights_of_open_runs(records: list[RunRecord]) -> list[Path]:
-    """Files that trainings which are not over start from: a checkpoint of another run, maybe."""
-    found: list[Path] = []
+def weights_of_open_runs(records: list[RunRecord]) -> list[str]:
+    """URIs of what trainings which are not over start from: a checkpoint of another run, maybe."""
+    found: list[str] = []
     for record in records:
         try:
             weights = record.run().asked().config.weights
         except ValidationError:
             continue
         if weights and "/" in weights and why_in_use(record):
-            found.append(Path(weights))
+            found.append(to_uri(weights))
     return found
 
 
@@ -105,6 +114,10 @@ def delete(removal: Removal) -> bool:
     """Deletes the paths. False, and nothing is touched, where the run is in use again by now."""
     if why_in_use(removal.record):
         return False
+    if removal.objects:
+        # What vouches for others goes before them: run.json, after which it is no run, and a checkpoint's record.
+        removal.record.folder.delete_all([name for name in removal.objects if name.endswith(".json")])
+        removal.record.folder.delete_all([name for name in removal.objects if not name.endswith(".json")])
     for path in removal.paths:
         # Out of the way in one step: who reads meanwhile sees all of it or nothing.
         aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.removed")
@@ -120,7 +133,26 @@ def delete(removal: Removal) -> bool:
 def _removal(record: RunRecord, paths: tuple[Path, ...]) -> Removal:
     files = [file for path in paths for file in ([path] if not path.is_dir() else path.rglob("*")) if file.is_symlink() or file.is_file()]
     size = sum(file.lstat().st_size for file in files)
-    return Removal(record, record.run().name, state_of(record).value, paths, len(files), size)
+    return Removal(record, record.run().name, state_of(record).value, len(files), size, paths)
+
+
+def _removal_of_objects(record: RunRecord, sizes: dict[str, int]) -> Removal:
+    return Removal(record, record.run().name, state_of(record).value, len(sizes), sum(sizes.values()), objects=tuple(sorted(sizes)))
+
+
+def _leftovers_in_bucket(record: RunRecord, *, keep_best: bool) -> Removal:
+    """A container's working folder goes with it: only checkpoints are left."""
+    found: dict[str, int] = {}
+    best: dict[PurePosixPath, str] = {}
+    for name, size in record.folder.sizes().items():
+        path = PurePosixPath(name)
+        if not path.match(f"{RunLayout.ATTEMPTS}/*/{AttemptLayout.CHECKPOINTS}/epoch-*"):
+            continue
+        if keep_best and path.parent not in best:
+            best[path.parent] = _best_checkpoint(record, str(path.parent))
+        if path.stem != best.get(path.parent):
+            found[name] = size
+    return _removal_of_objects(record, found)
 
 
 def _ended_at(record: RunRecord) -> datetime:
@@ -129,11 +161,13 @@ def _ended_at(record: RunRecord) -> datetime:
     return outcome.closed_at if outcome else record.run().created_at
 
 
-def _best_checkpoint(folder: Path) -> str:
+def _best_checkpoint(record: RunRecord, folder: str) -> str:
     """The name, without ending, of the best epoch's checkpoint as the newest one names it."""
-    for file in sorted(folder.glob("epoch-*.json"), reverse=True):
+    for name in sorted(record.folder.names(folder), reverse=True):
+        if not PurePosixPath(name).match("epoch-*.json"):
+            continue
         try:
-            return f"epoch-{int(json.loads(file.read_bytes())['best_epoch']):04d}"
+            return f"epoch-{int(json.loads(record.folder.get(f'{folder}/{name}') or b'')['best_epoch']):04d}"
         except (OSError, ValueError, KeyError, TypeError):  # damaged: an older one tells
             continue
     return ""

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from pydantic import AwareDatetime, Field, JsonValue, ValidationError
+from pydantic import AwareDatetime, Field, JsonValue
 
+from blocks.credentials import AccessRef
 from blocks.errors import ConfigError, PlanChanged, RunNotFound
 from blocks.job import FailureReason, JobRef, JobState, JobStatus, Plan, Result, TrainRequest, WatchPolicy, fingerprint
-from blocks.places import home
 from trainer.contract import STORED, AttemptLayout, DatasetRef, RunLayout, StoredRecord, TrainyardError, utc_now
 from trainer.dataset import DatasetIndex, added_files, changed_files
 from trainer.storage import ObjectFolder, to_uri
@@ -94,14 +93,18 @@ class Event(StoredRecord):
 class RunRecord:
     """Reads and writes one run's record."""
 
-    def __init__(self, output_uri: str, run_id: str) -> None:
+    def __init__(self, output_uri: str, run_id: str, access: AccessRef = AccessRef()) -> None:  # noqa: B008 - frozen
         self.output_uri = to_uri(output_uri)
         self.run_id = run_id
-        self.folder = ObjectFolder(f"{self.output_uri}/{run_id}")
+        self.access = access
 
     @property
     def uri(self) -> str:
-        return self.folder.uri
+        return f"{self.output_uri}/{self.run_id}"
+
+    @property
+    def folder(self) -> ObjectFolder:
+        return ObjectFolder(self.uri, self.access.resolve(self.uri))
 
     def _read(self, name: str, kind: type[Record]) -> Record | None:
         data = self.folder.get(name)
@@ -220,54 +223,6 @@ class RunRecord:
     def events(self) -> list[Event]:
         found = (self._read(f"{RunLayout.EVENTS}/{name}", Event) for name in self.folder.names(RunLayout.EVENTS))
         return [event for event in found if event is not None]
-
-
-# --- Which runs there are --------------------------------------------------------------------------
-
-
-def default_output_uri() -> str:
-    return (home() / "runs").as_uri()
-
-
-def remember_output(output_uri: str) -> None:
-    """Notes an output folder, so that `trainyard runs` looks there too."""
-    ObjectFolder(str(home())).create(f"outputs/{fingerprint(output_uri)[:16]}", output_uri.encode())
-
-
-def known_outputs() -> list[str]:
-    folder = ObjectFolder(str(home()))
-    noted = (folder.get(f"outputs/{name}") for name in folder.names("outputs"))
-    return sorted({default_output_uri(), *(data.decode() for data in noted if data)})
-
-
-def all_runs() -> list[RunRecord]:
-    """Every run of the known output folders, oldest first."""
-    records = [RunRecord(uri, name) for uri in known_outputs() for name in ObjectFolder(uri).names()]
-    dated: list[tuple[datetime, RunRecord]] = []
-    for record in records:
-        try:
-            dated.append((record.run().created_at, record))
-        except (RunNotFound, ValidationError):  # somebody else's folder, or damage: not a run of ours
-            continue
-    return [record for _, record in sorted(dated, key=lambda pair: pair[0])]
-
-
-def find_run(prefix: str) -> RunRecord:
-    """The run whose id begins with `prefix`. Raises RunNotFound for none or several."""
-    if not prefix.isalnum():
-        raise RunNotFound(f"{prefix!r} is not a run id: letters and digits only")
-    found = [
-        RunRecord(uri, name)
-        for uri in known_outputs()
-        for name in ObjectFolder(uri).names()
-        if name.startswith(prefix) and RunRecord(uri, name).exists()
-    ]
-    exact = [record for record in found if record.run_id == prefix]
-    if len(exact or found) == 1:
-        return (exact or found)[0]
-    if not found:
-        raise RunNotFound(f"no run begins with {prefix!r}")
-    raise RunNotFound(f"{len(found)} runs begin with {prefix!r}: {', '.join(r.run_id for r in found[:5])}", hint="give more characters")
 
 
 def request_hash(request: TrainRequest) -> str:

@@ -22,6 +22,7 @@ COMMANDS = {
     "status": ("flows.cli_runs", "Show one run."),
     "logs": ("flows.cli_runs", "Print the log of a run."),
     "cancel": ("flows.cli_runs", "Stop a run and wait for proof."),
+    "collect": ("flows.cli_collect", "Bring a run's verified model to a folder here."),
     "resume": ("flows.cli_train", "Go on from the checkpoint of a run that failed or was stopped."),
     "dataset": ("flows.cli_dataset", "Check a dataset; stage it to a store, fetch it, list what a store has."),
     "image": ("flows.cli_image", "The trainer image: build it, push it, list what a registry has."),

@@ -39,7 +39,7 @@ def rm(runs: tuple[str, ...], yes: bool) -> None:
     """Delete RUNs with their models, figures and records. An open run is refused."""
     from blocks.errors import ConfigError
     from blocks.pruning import whole_run, why_in_use
-    from blocks.record import find_run
+    from flows.finding import find_run
 
     removals: dict[str, Removal] = {}
     for name in runs:
@@ -60,10 +60,12 @@ def rm(runs: tuple[str, ...], yes: bool) -> None:
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 def prune(older_than: timedelta, keep_best: bool, failed: bool, dry_run: bool, yes: bool) -> None:
     """Delete checkpoints and working files of runs that succeeded; models, figures, reports and records stay."""
+    from blocks.outputs import all_runs
     from blocks.pruning import find_leftovers
-    from blocks.record import all_runs
+    from flows import prefect_settings
     from trainer.contract import utc_now
 
+    prefect_settings.apply_defaults()
     removals = find_leftovers(all_runs(), older_than=older_than, failed=failed, keep_best=keep_best, now=utc_now())
     if not removals:
         click.echo("nothing to prune")

@@ -12,7 +12,7 @@ import click
 
 SHELLS = ("bash", "zsh", "fish")
 MOST_RUNS = 200
-RUN_COMMANDS = ("status", "logs", "cancel", "resume")
+RUN_COMMANDS = ("status", "logs", "cancel", "collect", "resume")
 LENIENT = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 

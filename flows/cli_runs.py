@@ -16,17 +16,17 @@ import click
 from pydantic import ValidationError
 
 from blocks import load_provider
-from blocks.attempts import Action, cancel_run, next_step_of
-from blocks.errors import ConfigError, JobNotFound, RunNotFound, ServiceUnavailable
+from blocks.attempts import Action, cancel_run, next_step_of, provider_of
+from blocks.errors import ConfigError, JobNotFound, ServiceUnavailable, TransientError
 from blocks.job import JobRef, JobState, JobStatus
-from blocks.provider import Provider
-from blocks.record import RunFile, RunRecord, find_run, known_outputs
+from blocks.outputs import Listing, in_parallel
+from blocks.record import RunFile, RunRecord
 from flows.cli_clean import Age, prune, rm
 from flows.cli_completion import run_argument
 from flows.display import print_table
+from flows.finding import find_run, list_runs, remember_profile
 from flows.reporting_text import describe_status, format_cost, format_seconds
-from trainer.contract import ExitCode, utc_now
-from trainer.storage import ObjectFolder
+from trainer.contract import ExitCode, TrainyardError, utc_now
 
 FOLLOW_SECONDS = 1.0
 # From the end of a job to its outcome in the record: a result is collected in between.
@@ -47,13 +47,8 @@ def observe(record: RunRecord) -> tuple[JobStatus, int]:
         return JobStatus(state=JobState.STARTING, message="planned, not yet submitted"), attempt
     try:
         return provider_of(record).poll(ref), attempt
-    except JobNotFound as exc:
-        return JobStatus(state=JobState.UNKNOWN, message=exc.message), attempt
-
-
-def provider_of(record: RunRecord) -> Provider[Any]:
-    run = record.run()
-    return load_provider(run.provider, run.settings)
+    except (JobNotFound, TransientError) as exc:  # what is recorded is told all the same
+        return JobStatus(state=JobState.UNKNOWN, message=exc.message, hint=exc.hint), attempt
 
 
 def summarize(record: RunRecord) -> dict[str, Any]:
@@ -92,52 +87,51 @@ def summarize(record: RunRecord) -> dict[str, Any]:
 @click.option("--provider", help="Only runs on this provider.")
 @click.option("--since", type=Age(), help="Only runs begun in this time, such as 12h or 2d.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many, the newest.")
+@click.option("--profile", help="Look where this profile keeps its runs too, now and from now on.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.pass_context
-def runs(ctx: click.Context, as_json: bool, states: tuple[str, ...], limit: int | None, **filters: Any) -> None:
-    """List the runs of the known output folders, newest first; `rm` and `prune` delete."""
+def runs(ctx: click.Context, as_json: bool, states: tuple[str, ...], limit: int | None, profile: str | None, **filters: Any) -> None:
+    """List the runs of the known output folders and buckets, newest first; `rm` and `prune` delete."""
     if ctx.invoked_subcommand is not None:
         return
+    if profile:
+        remember_profile(profile)
+    listing = list_runs()
+    wanted = [record for record, run in reversed(listing.runs) if fits(run, **filters)]
     rows: list[dict[str, Any]] = []
-    records, damaged = listed_runs()
-    for record in records:
+    # As many at a time as are shown, since each is a look at its job.
+    step = limit or max(1, len(wanted))
+    for start in range(0, len(wanted), step):
+        rows += [row for row in in_parallel(lambda record: row_of(record, listing), wanted[start : start + step]) if row]
+        rows = [row for row in rows if not states or row["state"] in states]
         if limit is not None and len(rows) >= limit:
             break
-        if not fits(record.run(), **filters):
-            continue
-        try:
-            row = summarize(record)
-        except ValidationError as exc:
-            damaged[record.uri] = exc
-            continue
-        if not states or row["state"] in states:
-            rows.append(row)
-    for uri, exc in damaged.items():
+    rows = rows[:limit]
+    for uri, exc in listing.damaged.items():
         click.echo(f"damaged: {uri} ({exc.title}: {exc.error_count()} problem(s), the first: {exc.errors()[0]['msg']})", err=True)
+    for uri, silent in listing.silent.items():
+        click.echo(f"not looked at: {uri}: {silent}", err=True)
     if as_json:
         click.echo(json.dumps(rows))
     elif rows:
         print_table("", ("run", "name", "state", "epoch", "mAP50", "age", "cost", "owner"), [table_row(row) for row in rows])
     else:
-        click.echo("no such runs" if records else "no runs yet; a first one:  trainyard demo")
+        click.echo("no such runs" if listing.runs else "no runs yet; a first one:  trainyard demo")
 
 
 runs.add_command(rm)
 runs.add_command(prune)
 
 
-def listed_runs() -> tuple[list[RunRecord], dict[str, ValidationError]]:
-    """The readable runs, newest first, and the folders of those whose `run.json` is damaged."""
-    found: list[tuple[datetime, RunRecord]] = []
-    damaged: dict[str, ValidationError] = {}
-    for record in (RunRecord(uri, name) for uri in known_outputs() for name in ObjectFolder(uri).names()):
-        try:
-            found.append((record.run().created_at, record))
-        except RunNotFound:  # somebody else's folder
-            continue
-        except ValidationError as exc:
-            damaged[record.uri] = exc
-    return [record for _, record in sorted(found, key=lambda pair: pair[0], reverse=True)], damaged
+def row_of(record: RunRecord, listing: Listing) -> dict[str, Any] | None:
+    """None of a run that cannot be read now, which the listing then says."""
+    try:
+        return summarize(record)
+    except ValidationError as exc:
+        listing.damaged[record.uri] = exc
+    except (TrainyardError, OSError) as exc:
+        listing.silent[record.uri] = exc
+    return None
 
 
 def fits(run: RunFile, *, name: str, owner: str | None, provider: str | None, since: timedelta | None) -> bool:
@@ -284,17 +278,16 @@ def is_over(record: RunRecord) -> bool:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def check(profile: str, as_json: bool) -> None:
     """Check, free of charge, that PROFILE can train: software, disk, access."""
+    output_uri = ""
     if profile == "local":
         provider, profiled = load_provider("local"), None
     else:
-        from flows import prefect_settings
-
-        prefect_settings.apply_defaults()
+        remember_profile(profile)
         from blocks.profiles import load_profile
 
         profiled = load_profile(profile)
-        provider = profiled.provider()
-    report = provider.check()
+        provider, output_uri = profiled.provider(), profiled.choose_output(None)
+    report = provider.check(output_uri)
     if profiled is not None and provider.CAPABILITIES.needs_image:
         from blocks.image import check_image
         from blocks.profiles import image_settings

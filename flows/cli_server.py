@@ -13,8 +13,8 @@ from typing import Any
 import click
 
 from blocks.errors import AuthError, ConfigError, ServiceUnavailable
+from blocks.outputs import all_runs
 from blocks.places import home
-from blocks.record import all_runs
 from flows import prefect_settings
 from flows.cli_runs import observe
 from flows.prefect_settings import details_path, lock_path, prefect_home

@@ -94,7 +94,7 @@ def plan(dataset: str, emit: bool, as_json: bool, **options: Any) -> None:
 def resume(run: str, as_json: bool) -> None:
     """Go on from the last checkpoint of RUN, which failed or was stopped."""
     from blocks.attempts import Action, next_step_of
-    from blocks.record import find_run
+    from flows.finding import find_run
     from flows.running import run_and_print
 
     record = find_run(run)

@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from blocks import image
-from blocks.dataset_sources import choose_store, count_images, dataset_name, is_uri, split_staged
+from blocks.dataset_sources import count_images, dataset_name, is_uri, split_staged
 from blocks.job import JobSpec, Plan, TrainRequest
 from blocks.naming import display_name
-from blocks.profiles import LocalProfile, image_settings, load_profile
+from blocks.profiles import Profile, image_settings, load_profile
 from blocks.provider import Provider
-from blocks.record import default_output_uri
 from blocks.refs import find_version
 from trainer.contract import DatasetRef, RunLayout
 from trainer.dataset import DatasetIndex, check_dataset
-from trainer.storage import to_uri
 from trainer.store_access import access_to
 
 DRAFT_RUN_ID = "draft"
@@ -30,7 +28,7 @@ def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex | None]:
     index = None
     version, images = DRAFT_RUN_ID, 0  # of a bucket that is not registered yet
     if staged := split_staged(request.dataset):
-        with access_to(profile.store_access(staged[0])):
+        with access_to(profile.store_access(profile.choose_store(request))):
             version = find_version(*staged)
             images = count_images(staged[0], version)
     elif not is_uri(request.dataset):
@@ -38,10 +36,25 @@ def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex | None]:
         index = check_dataset(path, task=request.config.task, split=request.split, max_problem_share=request.max_problem_share)
         version, images = index.version, len(index.images)
     provider = profile.provider()
-    output_uri = to_uri(request.output or profile.output or default_output_uri())
-    store_uri = staged[0] if staged else None if index and not request.stage else choose_store(request, profile.store)
+    spec = draft_spec(request, profile, provider, index, version=version, images=images)
+    return provider.plan(spec.model_copy(update={"image": look_up_image(profile, provider)})), index
+
+
+def draft_spec(
+    request: TrainRequest,
+    profile: Profile,
+    provider: Provider[Any],
+    index: DatasetIndex | None,
+    *,
+    version: str = DRAFT_RUN_ID,
+    images: int = 0,
+) -> JobSpec:
+    """What the first attempt will ask for, as far as it is known before anything is written. Raises ConfigError."""
+    output_uri = profile.choose_output(request.output)
+    access = profile.access.resolve(output_uri)
+    in_place = index is not None and not request.stage and provider.CAPABILITIES.local_files
     name = index.name if index else dataset_name(request.dataset)
-    spec = JobSpec(
+    return JobSpec(
         run_id=DRAFT_RUN_ID,
         name=request.name or display_name(name, request.config.weights or request.config.model),
         config=request.config,
@@ -51,21 +64,20 @@ def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex | None]:
             version=version,
             name=name,
             image_count=images,
-            store_uri=store_uri,
+            store_uri=None if in_place else profile.choose_store(request),
         ),
         resources=request.resources,
         output_uri=output_uri,
-        image=look_up_image(profile, provider),
+        output_endpoint=access.endpoint if access else None,
         max_runtime_seconds=request.max_runtime_seconds,
         max_cost_usd=request.max_cost_usd,
         project=request.project or "",
         cost_centre=request.cost_centre or "",
         profile=request.profile,
     )
-    return provider.plan(spec), index
 
 
-def look_up_image(profile: LocalProfile, provider: Provider[Any]) -> str | None:
+def look_up_image(profile: Profile, provider: Provider[Any]) -> str | None:
     """The image by digest; None where the run would build it first, or needs none. Only looks."""
     if not provider.CAPABILITIES.needs_image:
         return None

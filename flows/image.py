@@ -8,7 +8,7 @@ from prefect import get_run_logger, task
 
 from blocks.image import ImageSettings, Told, choose_image
 from blocks.image_build import BuildStep
-from blocks.profiles import LocalProfile, image_settings
+from blocks.profiles import Profile, image_settings
 from blocks.provider import Provider
 from blocks.record import RunRecord
 from flows.image_text import describe_step, every_few_seconds
@@ -18,7 +18,7 @@ from flows.staging_text import format_bytes
 TELL_SECONDS = 10.0
 
 
-def image_of_run(profile: LocalProfile, provider: Provider[Any], record: RunRecord) -> str | None:
+def image_of_run(profile: Profile, provider: Provider[Any], record: RunRecord) -> str | None:
     """The image by digest, one for all attempts of a run; None where no container runs. An earlier attempt's is taken as it is."""
     if not provider.CAPABILITIES.needs_image:
         return None

@@ -19,7 +19,6 @@ from prefect.tasks import exponential_backoff
 from blocks.attempts import close, close_unsubmitted
 from blocks.dataset_sources import (
     StoreChoice,
-    choose_store,
     dataset_name,
     find_staged,
     is_uri,
@@ -29,12 +28,13 @@ from blocks.dataset_sources import (
     stage_index,
     unpin,
 )
-from blocks.errors import AuthError, ConfigError, JobNotFound, PlanChanged, QuotaError, RunCancelled, TransientError
-from blocks.job import FailureReason, JobRef, JobSpec, JobState, JobStatus, Plan, TrainRequest
+from blocks.errors import AuthError, ConfigError, PlanChanged, QuotaError, RunCancelled, is_transient
+from blocks.job import JobRef, JobSpec, JobState, JobStatus, Plan, TrainRequest
 from blocks.naming import display_name
-from blocks.profiles import LocalProfile, load_profile
+from blocks.outputs import remember_output
+from blocks.profiles import Profile, load_profile
 from blocks.provider import Provider
-from blocks.record import Outcome, RunFile, RunRecord, describe_dataset_change, remember_output, request_hash
+from blocks.record import Outcome, RunFile, RunRecord, describe_dataset_change, request_hash
 from flows.reporting import ProgressReporter, StagingReporter
 from flows.reporting_text import problem_line
 from flows.staging_text import describe_staged
@@ -45,9 +45,7 @@ from trainer.store_access import access_to
 
 
 async def _is_transient(_task: object, _run: TaskRun, state: State[Any]) -> bool:
-    result = await state.aresult(raise_on_failure=False)
-    away = isinstance(result, TrainerError) and result.code is ExitCode.UNAVAILABLE  # a store, after its own patience
-    return away or isinstance(result, TransientError)
+    return is_transient(await state.aresult(raise_on_failure=False))
 
 
 RETRIES: dict[str, Any] = {
@@ -112,15 +110,14 @@ def log_dataset(index: DatasetIndex) -> None:
 
 @task(name="stage", task_run_name="stage {request.dataset}", **RETRIES)
 def stage_dataset(
-    profile: LocalProfile,
+    profile: Profile,
     request: TrainRequest,
     record: RunRecord,
     index: DatasetIndex | None,
     listener: Callable[[RunRecord, JobStatus], None],
 ) -> DatasetRef:
     """The version in a store that the run trains on: found there, or brought there. Nothing that the store has travels again."""
-    staged = split_staged(request.dataset)
-    uri = staged[0] if staged else choose_store(request, profile.store)
+    uri = profile.choose_store(request)
     access = profile.store_access(uri)
     # Images may lie in a bucket, and what is registered of them in a folder.
     source = profile.store_access(request.dataset) if is_uri(request.dataset) else None
@@ -153,7 +150,7 @@ def _stage(
     return ref
 
 
-def release_dataset(profile: LocalProfile, record: RunRecord) -> None:
+def release_dataset(profile: Profile, record: RunRecord) -> None:
     """The run is over, and does not need its version any more. Where the store does not answer, the pin ends by itself."""
     try:
         ref = record.dataset_ref()
@@ -180,7 +177,7 @@ def open_run(
         record.write_dataset(index)
     if source is not None:
         record.write_source(source)
-    remember_output(record.output_uri)
+    remember_output(record.output_uri, record.access)
     return record.open(
         RunFile(
             run_id=record.run_id,
@@ -229,7 +226,7 @@ def submit_job(provider: Provider[Any], record: RunRecord, plan: Plan) -> JobRef
 
 @task(name="watch", task_run_name="train {plan.spec.config.model}, {plan.spec.config.epochs} epochs", **RETRIES)
 def watch_job(provider: Provider[Any], record: RunRecord, plan: Plan, ref: JobRef, listener: Listener) -> JobStatus:
-    """The job's last status. A job that the provider no longer knows is lost, never a reason to create another under its key."""
+    """The job's last status."""
     logger = get_run_logger()
     reporter = ProgressReporter(record, logger)
     guard = StallGuard(record, ref, record.run().watch, provider.CAPABILITIES.poll_seconds[1], logger)
@@ -238,10 +235,7 @@ def watch_job(provider: Provider[Any], record: RunRecord, plan: Plan, ref: JobRe
         reporter.report(status)
         listener(status)
 
-    try:
-        return watch(provider, ref, record, plan.spec.max_runtime_seconds, tell, guard)
-    except JobNotFound as exc:
-        return JobStatus(state=JobState.FAILED, native_state="lost", reason=FailureReason.INFRASTRUCTURE, message=exc.message)
+    return watch(provider, ref, record, plan.spec.max_runtime_seconds, tell, guard)
 
 
 @task(name="collect", task_run_name="collect: {status.state.value}", **RETRIES)

@@ -24,8 +24,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Crashed, Scheduled
 from pydantic import ValidationError
 
-from blocks import load_provider
-from blocks.attempts import Action, Step, cancel_run, close, next_step_of, poll_or_lost
+from blocks.attempts import Action, Step, cancel_run, close, next_step_of, provider_of
 from blocks.driving import Driver, announce, driven_runs, drivers, forget, is_alive
 from blocks.record import RunFile, RunRecord
 from flows.identity import record_of_flow_run
@@ -101,11 +100,13 @@ def reconcile_pass() -> list[str]:
     """One look at all runs. Returns a line per thing done; what could not be done is a line too, and tried again at the next look."""
     done: list[str] = []
     with get_client(sync_client=True) as client:
-        for record in driven_runs():
+        silent: list[str] = []
+        for record in driven_runs(lambda output, exc: silent.append(f"not looked at: {output.uri}: {exc}")):
             try:
                 done += reconcile_run(client, record)
             except TROUBLE as exc:  # one damaged record must not keep the others waiting
                 done.append(f"run {record.run_id}: {type(exc).__name__}: {exc}")
+        done += silent
         done += restart_unstarted(client)
     return done
 
@@ -240,8 +241,8 @@ def tend(record: RunRecord, run: RunFile | None) -> list[str]:
     ref = record.ref(step.attempt) if step.action is Action.ADOPT else None
     if run is None or ref is None:
         return []
-    provider = load_provider(run.provider, run.settings)
-    status = poll_or_lost(provider, ref)
+    provider = provider_of(record)
+    status = provider.observe(ref)
     if not status.state.is_terminal:
         return []
     outcome = close(provider, record, ref, status)

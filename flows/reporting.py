@@ -38,8 +38,6 @@ from flows.reporting_text import (
 )
 from flows.staging_text import describe_counts
 from trainer.contract import AttemptLayout, RunLayout
-from trainer.files import read_json
-from trainer.storage import to_path
 
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
@@ -164,7 +162,8 @@ class StagingReporter:
 
 def publish_report(record: RunRecord, run: RunFile, result: Result, logger: Logger) -> None:
     """`report.md` in the run's folder; the figures per epoch, the report and the model's place in Prefect."""
-    evaluation = read_json(to_path(result.manifest_uri).parent / AttemptLayout.EVALUATION) or {}
+    attempt, _, _ = result.manifest_uri.removeprefix(f"{record.uri}/").rpartition("/")
+    evaluation = json.loads(record.folder.get(f"{attempt}/{AttemptLayout.EVALUATION}") or b"{}")
     report = build_report(run, result, record.dataset(), evaluation)
     record.folder.put(RunLayout.REPORT, report.encode())
     line = f"{describe_result(result)} ({run.name})"

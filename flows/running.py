@@ -19,12 +19,13 @@ from blocks.claims import claim_run, release
 from blocks.errors import PlanChanged, ServiceUnavailable
 from blocks.job import JobState, TrainRequest
 from blocks.naming import run_id_of_key
-from blocks.record import RunRecord, all_runs, describe_dataset_change, describe_difference, known_outputs, request_hash
+from blocks.outputs import all_runs, look_everywhere
+from blocks.record import RunRecord, describe_dataset_change, describe_difference, request_hash
 from flows import prefect_settings
 from flows.display import TrainingDisplay, stderr_console
-from flows.reporting_text import format_cost, format_figure, format_seconds
+from flows.reporting_text import format_cost, format_figure, format_seconds, place
 from trainer.contract import AttemptLayout, ExitCode, RunLayout, TrainyardError
-from trainer.storage import to_path
+from trainer.storage import is_bucket, to_path
 
 SUMMARY = ("run_id", "name", "state", "model_uri", "manifest_uri", "metrics", "metrics_split", "cost_usd", "duration_seconds")
 
@@ -62,9 +63,7 @@ def find_open_run(request: TrainRequest) -> str | None:
 
 def run_keyed(request: TrainRequest, run_key: str, as_json: bool) -> None:
     """The run of the key. Raises PlanChanged where the key stands for another request, or for other files under the same path."""
-    for record in (RunRecord(uri, run_id_of_key(run_key)) for uri in known_outputs()):
-        if not record.exists():
-            continue
+    for record in find_records(run_id_of_key(run_key)):
         run = record.run()
         change = describe_dataset_change(record, Path(request.dataset))
         if run.current_hash() != request_hash(request):
@@ -196,7 +195,12 @@ def tell_detached(record: RunRecord) -> None:
 
 def recorded(run_id: str | None) -> str | None:
     """The id where such a run was written down: what is refused before that is no run."""
-    return run_id if run_id and any(RunRecord(uri, run_id).exists() for uri in known_outputs()) else None
+    return run_id if run_id and find_records(run_id) else None
+
+
+def find_records(run_id: str) -> list[RunRecord]:
+    """In the known outputs that answer: one as a rule."""
+    return look_everywhere(lambda output: [record] if (record := output.record(run_id)).exists() else [])
 
 
 def print_failure(exc: TrainyardError, run_id: str | None) -> None:
@@ -210,13 +214,16 @@ def print_result(summary: dict[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(summary))
         return
     metrics = summary["metrics"]
-    attempt = to_path(summary["manifest_uri"]).parent
+    attempt = summary["manifest_uri"].rpartition("/")[0]
     map50, map50_95 = (format_figure(metrics.get(name)) for name in ("map50", "map50_95"))
     figures = f"mAP50 {map50}, mAP50-95 {map50_95} on the {summary['metrics_split']} split"
     click.secho(f"{summary['name']} trained in {format_seconds(summary['duration_seconds'])}: {figures}", fg="green")
-    click.echo(f"  model    {to_path(summary['model_uri'])}")
-    click.echo(f"  report   {attempt.parents[1] / RunLayout.REPORT}")
-    picture = attempt / AttemptLayout.SAMPLES / "grid.jpg"
-    if picture.exists():
-        click.echo(f"  picture  {picture}")
+    click.echo(f"  model    {place(summary['model_uri'])}")
+    run_uri = attempt.rsplit("/", 2)[0]
+    click.echo(f"  report   {place(f'{run_uri}/{RunLayout.REPORT}')}")
+    picture = f"{attempt}/{AttemptLayout.SAMPLES}/grid.jpg"
+    if not is_bucket(picture) and to_path(picture).exists():
+        click.echo(f"  picture  {place(picture)}")
     click.echo(f"  cost     {format_cost(summary['cost_usd'])}")
+    if is_bucket(summary["model_uri"]):
+        click.echo(f"  next     trainyard collect {summary['run_id']}   (brings the model here)")

@@ -23,11 +23,12 @@ from blocks.driving import Heartbeat, driving
 from blocks.errors import RunCancelled
 from blocks.job import JobSpec, JobStatus, Resources, Result, TrainRequest, form_field
 from blocks.naming import display_name
-from blocks.profiles import LocalProfile, load_profile
+from blocks.profiles import Profile, load_profile
 from blocks.provider import Provider
-from blocks.record import RunFile, RunRecord, default_output_uri
+from blocks.record import RunFile, RunRecord
 from flows import image as image_tasks, job_tasks, reporting
 from flows.cancelling import cancel_job, stop_if_cancelled
+from flows.drafting import draft_spec
 from flows.identity import choose_run_id
 from flows.reporting_text import describe_result
 from flows.telling import tell_news
@@ -115,9 +116,7 @@ def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Pr
     )
     flow_run_id = str(current_flow_run.id)
     saved = load_profile(profile)
-    output_uri = output or saved.output or default_output_uri()
-    identity = choose_run_id(run_id, run_key, flow_run_id)
-    record = RunRecord(output_uri, identity)
+    record = RunRecord(saved.choose_output(output), choose_run_id(run_id, run_key, flow_run_id), saved.access)
     if run_key and record.exists() and record.run().flow_run_id != flow_run_id:
         job_tasks.require_same_dataset(record, request)
     deployed = deployment.id is not None
@@ -145,7 +144,7 @@ def end_as_cancelled(message: str) -> State[Any]:
 
 
 def go_through(
-    profile: LocalProfile, record: RunRecord, request: TrainRequest, flow_run_id: str, beat: Heartbeat, *, resume: bool
+    profile: Profile, record: RunRecord, request: TrainRequest, flow_run_id: str, beat: Heartbeat, *, resume: bool
 ) -> tuple[RunFile, Result]:
     """From whatever the record holds to the result."""
     provider = profile.provider()
@@ -155,9 +154,10 @@ def go_through(
         # What is refused is refused before anything is written.
         job_tasks.check_provider(provider, record.output_uri)
         index = job_tasks.read_dataset(request)
-        if request.stage or index is None:
-            source = job_tasks.stage_dataset(profile, request, record, index, listener)
+        provider.require_valid(draft_spec(request, profile, provider, index))
         image = image_tasks.image_of_run(profile, provider, record)
+        if request.stage or index is None or not provider.CAPABILITIES.local_files:
+            source = job_tasks.stage_dataset(profile, request, record, index, listener)
     run = job_tasks.open_run(record, request, provider, flow_run_id, index, source)
 
     def find_image() -> str | None:
@@ -203,6 +203,7 @@ def run_attempt(
             dataset=record.dataset_ref(),
             resources=request.resources,
             output_uri=record.output_uri,
+            output_endpoint=endpoint_of(record),
             image=image(),
             max_runtime_seconds=request.max_runtime_seconds,
             max_cost_usd=request.max_cost_usd,
@@ -216,6 +217,12 @@ def run_attempt(
     ref = job_tasks.submit_job(provider, record, plan)
     status = job_tasks.watch_job(provider, record, plan, ref, listener)
     job_tasks.close_attempt(provider, record, ref, status)
+
+
+def endpoint_of(record: RunRecord) -> str | None:
+    """Where the job finds the record's store, if that is not at its cloud's own address."""
+    access = record.access.resolve(record.uri)
+    return access.endpoint if access else None
 
 
 def summarize(run: RunFile, result: Result) -> dict[str, Any]:

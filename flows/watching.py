@@ -14,12 +14,12 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from blocks.attempts import DEADLINE
-from blocks.errors import ServiceUnavailable, TransientError
+from blocks.errors import ProviderError, ServiceUnavailable, is_transient
 from blocks.job import JobRef, JobState, JobStatus, WatchPolicy
 from blocks.provider import Provider
 from blocks.record import CancelRequest, RunRecord
 from blocks.stalling import RECOVERED, RESTART, STALLED, Stall, StallJudge, as_restart, may_restart
-from trainer.contract import utc_now
+from trainer.contract import TrainyardError, utc_now
 
 Listener = Callable[[JobStatus], None]
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
@@ -101,7 +101,7 @@ def watch(
 ) -> JobStatus:
     """Observes the job until its state is terminal, and returns that status.
 
-    Raises ServiceUnavailable where the provider did not answer for long, and whatever terminal error a poll
+    Raises ServiceUnavailable where the provider or the record's store did not answer for long, and whatever terminal error a poll
     raises. Whoever leaves this loop by an exception leaves the job running: a lost watcher never stops a job.
     """
     allowed = timedelta(seconds=max_runtime_seconds + DEADLINE_MARGIN_SECONDS)
@@ -112,13 +112,7 @@ def watch(
     asked_to_stop = False
     while True:
         try:
-            status = provider.poll(ref)
-        except TransientError as exc:
-            failed += 1
-            if failed > MOST_FAILED_POLLS:
-                raise ServiceUnavailable(f"{provider.NAME} did not answer {failed} times in a row: {exc.message}", hint=exc.hint) from exc
-        else:
-            failed = 0
+            status = provider.observe(ref)
             listener(status)
             if status.state.is_terminal:
                 return as_restart(status, guard.restart_why)
@@ -130,6 +124,15 @@ def watch(
             if not asked_to_stop and _must_stop(record, ref, status, restart=bool(guard.restart_why)):
                 provider.cancel(ref)
                 asked_to_stop = True
+        except TrainyardError as exc:  # of the provider, or of the store that keeps the record
+            if not is_transient(exc):
+                raise
+            failed += 1
+            if failed > MOST_FAILED_POLLS:
+                who = provider.NAME if isinstance(exc, ProviderError) else "the store"
+                raise ServiceUnavailable(f"{who} did not answer {failed} times in a row: {exc.message}", hint=exc.hint) from exc
+        else:
+            failed = 0
             now_seen = (status.state, status.message, status.progress.epoch if status.progress else 0)
             quiet, seen = (quiet + 1, seen) if now_seen == seen else (0, now_seen)
         sleep(next_delay(quiet, failed, provider.CAPABILITIES.poll_seconds, random.random()))

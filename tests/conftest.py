@@ -9,7 +9,8 @@ import pytest
 
 # These share the session's Prefect server, its worker and its one slot for trainings.
 SHARED_STACK = frozenset(
-    f"test_{name}" for name in ("command_line", "lives_of_a_run", "reconcile", "same_run", "staged_training", "stalls", "stopping")
+    f"test_{name}"
+    for name in ("command_line", "lives_of_a_run", "reconcile", "remote_runs", "same_run", "staged_training", "stalls", "stopping")
 )
 TRAINER_IMAGE = frozenset(("test_trainer_image", "test_trainer_container"))  # on a new machine its build and push take minutes
 KUBERNETES = ("test_cluster", "test_kubernetes")  # they take the one node away and bring it back

@@ -57,6 +57,10 @@ def to_uri(location: str | Path) -> str:
     return text.rstrip("/") if "://" in text else Path(text).expanduser().absolute().as_uri()
 
 
+def is_bucket(uri: str) -> bool:
+    return urlsplit(uri).scheme in REMOTE_SCHEMES
+
+
 def to_path(uri: str) -> Path:
     """The local path of a ``file://`` URI or plain path. Raises TrainerError for other schemes."""
     parts = urlsplit(uri)
@@ -69,11 +73,12 @@ def to_path(uri: str) -> Path:
     return Path(unquote(parts.path) if parts.scheme else uri)
 
 
-def open_store(uri: str, purpose: Purpose = "ask") -> ObjectStore:
+def open_store(uri: str, purpose: Purpose = "ask", access: StoreAccess | None = None) -> ObjectStore:
     """The store below a URI: ``file:// s3:// gs:// az://``, or a local path.
 
-    Credentials and endpoint are those of `store_access.access_to`; else they come from the environment, by the names that each
-    cloud's own tools read (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ``AZURE_STORAGE_ACCOUNT_NAME`` ...), or are the machine's identity.
+    Credentials and endpoint are those of `access`, or of `store_access.access_to`; else they come from the environment, by the
+    names that each cloud's own tools read (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ``AZURE_STORAGE_ACCOUNT_NAME`` ...), or are
+    the machine's identity.
     Raises TrainerError (CONFIG) for another scheme, no bucket, or an endpoint that is no URL.
     """
     from obstore.store import from_url
@@ -86,7 +91,7 @@ def open_store(uri: str, purpose: Purpose = "ask") -> ObjectStore:
         hint = "use s3://bucket/prefix, az://container/prefix, gs://bucket/prefix, file:// or a folder"
         raise TrainerError(f"{uri!r} is no object store", hint=hint, code=ExitCode.CONFIG)
     # Plain HTTP only where somebody has named such an endpoint, as for a store in the same network.
-    options = store_options(uri)
+    options = store_options(uri, access)
     plain = any(endpoint.startswith("http://") for endpoint in (options.get("endpoint", ""), *_endpoints()))
     if parts.scheme == "s3" and not plain and "AWS_UNSIGNED_PAYLOAD" not in os.environ:
         # TLS proves what arrives, and each file's own sha256 what is fetched: a third one, in the signature, costs half of the sending.
@@ -167,29 +172,27 @@ def _store(root: str) -> LocalStore:
     return LocalStore(prefix=to_path(root), automatic_cleanup=True)
 
 
-_buckets: dict[str, tuple[StoreAccess | None, ObjectStore]] = {}
-
-
-def _bucket(root: str) -> ObjectStore:
+@lru_cache(maxsize=64)
+def _bucket(root: str, access: StoreAccess | None) -> ObjectStore:
     """Kept, as opening costs 10 ms and a connection, and each run of a listing has its own folder. Opened anew for other credentials."""
-    access = current_access(root)
-    held = _buckets.get(root)
-    if held is None or held[0] is not access:
-        held = _buckets[root] = (access, open_store(root))
-    return held[1]
+    return open_store(root, access=access)
 
 
 class ObjectFolder:
-    """The objects below one URI, by relative name. As with `Path`, the class of the value depends on what it names: see `BucketFolder`."""
+    """The objects below one URI, by relative name. As with `Path`, the class of the value depends on what it names: see `BucketFolder`.
 
-    def __new__(cls, uri: str) -> ObjectFolder:
-        return object.__new__(BucketFolder if urlsplit(uri).scheme in REMOTE_SCHEMES else ObjectFolder)
+    `access` says how to reach a bucket where neither `access_to` nor the environment does.
+    """
 
-    def __init__(self, uri: str) -> None:
+    def __new__(cls, uri: str, access: StoreAccess | None = None) -> ObjectFolder:
+        return object.__new__(BucketFolder if is_bucket(uri) else ObjectFolder)
+
+    def __init__(self, uri: str, access: StoreAccess | None = None) -> None:
         self.uri = to_uri(uri)
+        self.access = access
 
     def child(self, name: str) -> ObjectFolder:
-        return ObjectFolder(f"{self.uri}/{name}")
+        return ObjectFolder(f"{self.uri}/{name}", self.access)
 
     def get(self, name: str) -> bytes | None:
         """The object's bytes, or None where there is none."""
@@ -198,6 +201,15 @@ class ObjectFolder:
             return (to_path(self.uri) / name).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def get_from(self, name: str, offset: int, length: int) -> bytes:
+        """Up to `length` bytes from `offset` on; empty where there are none, or no such object."""
+        try:
+            with (to_path(self.uri) / name).open("rb") as file:
+                file.seek(offset)
+                return file.read(length)
+        except (FileNotFoundError, NotADirectoryError):
+            return b""
 
     def sha256(self, name: str) -> str | None:
         """The hex digest of the object, read piece by piece; None where there is none."""
@@ -236,6 +248,16 @@ class ObjectFolder:
             with contextlib.suppress(OSError):  # not empty
                 to_path(self.uri).rmdir()
 
+    def sizes(self) -> dict[str, int]:
+        """All objects below, by name, with their sizes; in a bucket, a request per 1,000 of them."""
+        root = to_path(self.uri)
+        return {path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob("*") if path.is_file()}
+
+    def delete_all(self, names: Sequence[str]) -> None:
+        """As `delete` does each; in a bucket, a request per 1,000 of them."""
+        for name in names:
+            self.delete(name)
+
     def names(self, folder: str = "") -> list[str]:
         """Names of objects and folders directly below `folder`, sorted."""
         path = to_path(self.uri) / folder
@@ -273,11 +295,15 @@ CREATE_PAUSE_SECONDS = 0.2
 class BucketFolder(ObjectFolder):
     """An `ObjectFolder` in a bucket. Raises TrainerError where that refuses or cannot be reached."""
 
-    def __init__(self, uri: str) -> None:
-        super().__init__(uri)
+    def __init__(self, uri: str, access: StoreAccess | None = None) -> None:
+        super().__init__(uri, access)
         parts = urlsplit(self.uri)
         self._root = f"{parts.scheme}://{parts.netloc}"
         self._prefix = unquote(parts.path).strip("/")
+
+    @property
+    def _store(self) -> ObjectStore:
+        return _bucket(self._root, self.access or current_access(self._root))
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}".strip("/")
@@ -287,9 +313,22 @@ class BucketFolder(ObjectFolder):
 
         with told_plainly(self.uri):
             try:
-                return bytes(obstore.get(_bucket(self._root), self._key(name)).bytes())
+                return bytes(obstore.get(self._store, self._key(name)).bytes())
             except FileNotFoundError:
                 return None
+
+    def get_from(self, name: str, offset: int, length: int) -> bytes:
+        import obstore
+
+        with told_plainly(self.uri):
+            try:
+                # First its size: what begins behind the end is an error of the store's.
+                size = obstore.head(self._store, self._key(name))["size"]
+                if size <= offset:
+                    return b""
+                return bytes(obstore.get_range(self._store, self._key(name), start=offset, end=min(size, offset + length)))
+            except FileNotFoundError:
+                return b""
 
     def sha256(self, name: str) -> str | None:
         import obstore
@@ -297,7 +336,7 @@ class BucketFolder(ObjectFolder):
         digest = hashlib.sha256()
         with told_plainly(self.uri):
             try:
-                for chunk in obstore.get(_bucket(self._root), self._key(name)).stream():
+                for chunk in obstore.get(self._store, self._key(name)).stream():
                     digest.update(chunk)
             except FileNotFoundError:
                 return None
@@ -307,7 +346,7 @@ class BucketFolder(ObjectFolder):
         import obstore
 
         with told_plainly(self.uri):
-            obstore.put(_bucket(self._root), self._key(name), data)
+            obstore.put(self._store, self._key(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
         """As in a folder, but what lies there with these very bytes counts as written: it may be ours, of a try whose answer was lost.
@@ -320,7 +359,7 @@ class BucketFolder(ObjectFolder):
         with told_plainly(self.uri):
             for tries_left in reversed(range(CREATE_TRIES)):
                 try:
-                    obstore.put(_bucket(self._root), self._key(name), data, mode="create")
+                    obstore.put(self._store, self._key(name), data, mode="create")
                     return True
                 except (PermissionDeniedError, UnauthenticatedError):
                     raise
@@ -336,12 +375,23 @@ class BucketFolder(ObjectFolder):
         import obstore
 
         with told_plainly(self.uri), contextlib.suppress(FileNotFoundError):
-            obstore.delete(_bucket(self._root), self._key(name))
+            obstore.delete(self._store, self._key(name))
+
+    def sizes(self) -> dict[str, int]:
+        with told_plainly(self.uri):
+            found = {meta["path"]: meta["size"] for meta in list_metadata(self._store, self._prefix or None)}
+        return {path.removeprefix(f"{self._prefix}/"): size for path, size in found.items()}
+
+    def delete_all(self, names: Sequence[str]) -> None:
+        import obstore
+
+        with told_plainly(self.uri), contextlib.suppress(FileNotFoundError):
+            obstore.delete(self._store, [self._key(name) for name in names])
 
     def names(self, folder: str = "") -> list[str]:
         import obstore
 
         with told_plainly(self.uri):
-            found = obstore.list_with_delimiter(_bucket(self._root), self._key(folder) or None)
+            found = obstore.list_with_delimiter(self._store, self._key(folder) or None)
         paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
         return sorted(path.rsplit("/", 1)[-1] for path in paths)

@@ -31,6 +31,9 @@ class StoreAccess:
     config: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
     credential_provider: Any = field(default=None, repr=False)
 
+    def __hash__(self) -> int:
+        return id(self)  # stores are kept by it, and what it holds has no hash
+
 
 # Of the process and not of a context: the threads that send and fetch open stores, too.
 _accesses: dict[str, StoreAccess] = {}
@@ -57,9 +60,9 @@ def current_access(uri: str) -> StoreAccess | None:
     return _accesses.get(urlsplit(uri).scheme)
 
 
-def store_options(uri: str) -> dict[str, Any]:
+def store_options(uri: str, access: StoreAccess | None = None) -> dict[str, Any]:
     """What obstore's ``from_url`` is to be told beside the URI."""
-    access = current_access(uri)
+    access = access or current_access(uri)
     if access is None:
         return aws_profile_options() if urlsplit(uri).scheme == "s3" else {}
     options: dict[str, Any] = dict(access.config)

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import psutil
 from pydantic import Field, JsonValue
 
+from blocks.attempt_objects import PHASE_STATES, parse_exit, read_log
 from blocks.errors import ConfigError, JobNotFound, ProviderError, QuotaError, ServiceUnavailable
 from blocks.job import (
     Capabilities,
@@ -40,13 +41,12 @@ from blocks.job import (
 from blocks.naming import job_name
 from blocks.places import home
 from blocks.provider import AlreadyExists, Provider
-from trainer.contract import AttemptLayout, ExitRecord, JobFile, Phase, Progress, TrainJob, UserInput, utc_now
+from trainer.contract import AttemptLayout, ExitRecord, JobFile, Progress, TrainJob, UserInput, utc_now
 from trainer.files import read_json, write_json
 from trainer.locks import is_held
 from trainer.storage import ObjectFolder, to_path
 
 START_TIMEOUT_SECONDS = 60.0  # a cold interpreter on a busy machine
-LOG_BATCH_BYTES = 64 * 1024
 GIB = 1024**3
 
 
@@ -67,7 +67,7 @@ class LocalProvider(Provider[LocalSettings]):
     NAME: ClassVar[str] = "local"
     SETTINGS: ClassVar[type[UserInput]] = LocalSettings
     CAPABILITIES: ClassVar[Capabilities] = Capabilities(
-        spot=False, nodes=1, needs_image=False, max_runtime_seconds=28 * 86_400, poll_seconds=(0.25, 2.0)
+        spot=False, nodes=1, needs_image=False, local_files=True, max_runtime_seconds=28 * 86_400, poll_seconds=(0.25, 2.0)
     )
 
     def check(self, output_uri: str = "") -> CheckReport:
@@ -87,20 +87,9 @@ class LocalProvider(Provider[LocalSettings]):
 
     def logs(self, ref: JobRef, cursor: str = "") -> LogBatch:
         """The cursor is the offset in bytes of the first unread line."""
-        offset = int(cursor or 0)
         # Asked before reading: lines written in between belong to the next batch.
         ended = self.poll(ref).state.is_terminal
-        path = to_path(ref.output_uri) / AttemptLayout.LOG
-        data = b""
-        if path.exists():
-            with path.open("rb") as file:
-                file.seek(offset)
-                data = file.read(LOG_BATCH_BYTES)
-        whole = data if ended and len(data) < LOG_BATCH_BYTES else data[: data.rfind(b"\n") + 1]
-        if not whole and len(data) == LOG_BATCH_BYTES:
-            whole = data  # one line longer than a batch
-        lines = tuple(whole.decode(errors="replace").splitlines())
-        return LogBatch(lines=lines, cursor=str(offset + len(whole)), ended=ended and len(data) < LOG_BATCH_BYTES)
+        return read_log(self.objects(ref.output_uri), cursor, ended=ended)
 
     def cancel(self, ref: JobRef) -> None:
         attempt = AttemptLayout(to_path(ref.output_uri))
@@ -232,21 +221,12 @@ def build_ref(job: JobFile, folder: Path) -> JobRef:
     )
 
 
-PHASE_STATES = {
-    Phase.QUEUED: JobState.QUEUED,
-    Phase.PREPARING: JobState.STARTING,
-    Phase.TRAINING: JobState.RUNNING,
-    Phase.EVALUATING: JobState.RUNNING,
-    Phase.FINISHING: JobState.RUNNING,
-}
-
-
 def parse_status(native: dict[str, Any]) -> JobStatus:
     """What the attempt's files and its lock say. `native` as `read_native` gives it."""
     job = JobFile.model_validate(native["job"])
     progress = Progress.model_validate(native["progress"]) if native["progress"] else None
     if native["exit"]:
-        return _parse_exit(ExitRecord.model_validate(native["exit"]), progress)
+        return parse_exit(ExitRecord.model_validate(native["exit"]), progress, cost_usd=0.0)
     started = job.created_at
     if not native["alive"]:
         return JobStatus(
@@ -265,22 +245,6 @@ def parse_status(native: dict[str, Any]) -> JobStatus:
         state, message = JobState.STOPPING, "asked to stop; saving"
     phase = progress.phase.value if progress else "starting"
     return JobStatus(state=state, native_state=phase, message=message, progress=progress, started_at=started, cost_usd=0.0)
-
-
-def _parse_exit(record: ExitRecord, progress: Progress | None) -> JobStatus:
-    state = JobState.SUCCEEDED if record.exit_code == 0 else JobState.CANCELLED if record.cancelled else JobState.FAILED
-    return JobStatus(
-        state=state,
-        native_state=f"exit {record.exit_code}",
-        reason=record.reason,
-        message=record.message,
-        hint=record.hint,
-        exit_code=record.exit_code,
-        progress=progress,
-        started_at=record.started_at,
-        ended_at=record.ended_at,
-        cost_usd=0.0,
-    )
 
 
 # --- The world -------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from obstore.exceptions import AlreadyExistsError, GenericError
 
 from blocks.errors import PlanChanged, RunNotFound
 from blocks.job import JobRef, JobSpec, JobState, Plan, TrainRequest
-from blocks.record import CancelRequest, Outcome, RunFile, RunRecord, all_runs, find_run, remember_output, request_hash
+from blocks.outputs import all_runs, find_run, remember_output
+from blocks.record import CancelRequest, Outcome, RunFile, RunRecord, request_hash
 from trainer.contract import DatasetRef, ExitCode, TrainConfig, TrainerError
 from trainer.storage import ObjectFolder
 

@@ -12,7 +12,8 @@ from click.testing import CliRunner, Result
 from blocks.garbage import Reason, StoredObject, choose_garbage, open_marker, versions_of_open_runs
 from blocks.job import JobState
 from blocks.leases import lease_key
-from blocks.record import Outcome, RunRecord, remember_output
+from blocks.outputs import remember_output
+from blocks.record import Outcome, RunRecord
 from blocks.refs import list_refs
 from blocks.staging import stage_folder
 from flows.cli import app

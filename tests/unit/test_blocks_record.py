@@ -7,7 +7,8 @@ import pytest
 
 from blocks.errors import ConfigError, PlanChanged, RunNotFound
 from blocks.job import JobState, TrainRequest
-from blocks.record import Outcome, RunFile, RunRecord, all_runs, check_run_id, describe_difference, find_run, remember_output, request_hash
+from blocks.outputs import all_runs, find_run, remember_output
+from blocks.record import Outcome, RunFile, RunRecord, check_run_id, describe_difference, request_hash
 from trainer.contract import TrainConfig
 
 

@@ -16,7 +16,8 @@ from click.testing import CliRunner, Result
 
 from blocks.attempts import cancel_run
 from blocks.job import JobState
-from blocks.record import Outcome, RunRecord, known_outputs, remember_output
+from blocks.outputs import known_outputs, remember_output
+from blocks.record import Outcome, RunRecord
 from blocks.refs import ref_key
 from flows.cli import COMMANDS, app, tell
 from flows.cli_completion import output_folders
@@ -230,7 +231,7 @@ def test_completing_a_run_is_quick_and_loads_no_models(tmp_path: Path) -> None:
 
 def test_completion_looks_where_the_record_lies(tmp_path: Path) -> None:
     remember_output((tmp_path / "else where").as_uri())
-    assert [folder.as_uri() for folder in output_folders()] == sorted(known_outputs())
+    assert [folder.as_uri() for folder in output_folders()] == [output.uri for output in known_outputs()]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -16,8 +16,9 @@ from blocks.attempts import Action, Step
 from blocks.errors import PlanChanged, ServiceUnavailable
 from blocks.job import JobRef, JobState, LogBatch, TrainRequest, canonical_json
 from blocks.naming import run_id_of_key
+from blocks.outputs import remember_output
 from blocks.profiles import load_profile
-from blocks.record import Outcome, RunRecord, describe_dataset_change, remember_output, request_hash
+from blocks.record import Outcome, RunRecord, describe_dataset_change, request_hash
 from blocks.staging import stage_folder
 from flows import cli_runs, drafting, running
 from flows.cli import app

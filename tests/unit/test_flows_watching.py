@@ -46,7 +46,7 @@ class ScriptedProvider:
         self.script: Iterator[JobState | JobStatus | Exception] = iter(script)
         self.cancelled = 0
 
-    def poll(self, _ref: JobRef) -> JobStatus:
+    def observe(self, _ref: JobRef) -> JobStatus:
         answer = next(self.script)
         if isinstance(answer, Exception):
             raise answer

@@ -1,0 +1,178 @@
+"""Which runs there are: those in the output folders and buckets that this machine knows. One that does not answer hides no others.
+
+An output is noted in ``<home>/outputs/`` by whoever runs, checks or asks for something there: its URI and, for a bucket, how
+it is reached, by reference.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from blocks.credentials import AccessRef
+from blocks.errors import RunNotFound, ServiceUnavailable
+from blocks.job import fingerprint
+from blocks.places import home
+from blocks.record import RunFile, RunRecord
+from trainer.contract import TrainyardError
+from trainer.storage import ObjectFolder, is_bucket, to_uri
+
+READERS = 16  # of one bucket's runs at a time
+
+T = TypeVar("T")
+log = logging.getLogger("trainyard.outputs")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the records of runs lie, and how that is reached."""
+
+    uri: str
+    access: AccessRef = field(default_factory=AccessRef)
+
+    @property
+    def folder(self) -> ObjectFolder:
+        return ObjectFolder(self.uri, self.access.resolve(self.uri))
+
+    @property
+    def is_bucket(self) -> bool:
+        return is_bucket(self.uri)
+
+    def record(self, run_id: str) -> RunRecord:
+        return RunRecord(self.uri, run_id, self.access)
+
+    def records(self, prefix: str = "") -> list[RunRecord]:
+        """A record for each name that may be a run's."""
+        return [self.record(name) for name in self.folder.names() if name.startswith(prefix) and not name.startswith(".")]
+
+
+def default_output_uri() -> str:
+    return (home() / "runs").as_uri()
+
+
+def remember_output(output_uri: str, access: AccessRef = AccessRef()) -> None:  # noqa: B008 - frozen
+    """Notes an output, so that `trainyard runs` looks there too."""
+    uri = to_uri(output_uri)
+    note = uri
+    if is_bucket(uri) and access != AccessRef():
+        note = json.dumps({"uri": uri, "endpoint": access.endpoint, "credentials": access.credentials})
+    ObjectFolder(str(home())).create(f"outputs/{fingerprint(note)[:16]}", note.encode())
+
+
+def known_outputs() -> list[Output]:
+    folder = ObjectFolder(str(home()))
+    noted = (folder.get(f"outputs/{name}") for name in folder.names("outputs"))
+    found = {Output(default_output_uri()), *(_parse_note(data.decode()) for data in noted if data)}
+    return sorted(found, key=lambda output: (output.uri, str(output.access)))
+
+
+def _parse_note(text: str) -> Output:
+    if not text.startswith("{"):
+        return Output(to_uri(text))
+    note = json.loads(text)
+    return Output(note["uri"], AccessRef(note.get("endpoint"), note.get("credentials")))
+
+
+def tell_silent(output: Output, exc: Exception) -> None:
+    log.warning("not looked at: %s: %s", output.uri, exc)
+
+
+def look_everywhere(read: Callable[[Output], Iterable[T]], on_silent: Callable[[Output, Exception], None] = tell_silent) -> list[T]:
+    """What `read` finds in each known output. One that does not answer is told of, and the others count."""
+    found: list[T] = []
+    for output in known_outputs():
+        try:
+            found += read(output)
+        except (TrainyardError, OSError) as exc:
+            on_silent(output, exc)
+    return found
+
+
+@dataclass
+class Listing:
+    """The readable runs, oldest first; the places of those whose `run.json` is damaged; the outputs that did not answer."""
+
+    runs: list[tuple[RunRecord, RunFile]] = field(default_factory=list[tuple[RunRecord, RunFile]])
+    damaged: dict[str, ValidationError] = field(default_factory=dict[str, ValidationError])
+    silent: dict[str, Exception] = field(default_factory=dict[str, Exception])
+
+
+def list_runs() -> Listing:
+    listing = Listing()
+
+    def read(record: RunRecord) -> tuple[RunRecord, RunFile] | None:
+        try:
+            return record, record.run()
+        except RunNotFound:  # somebody else's folder
+            return None
+        except ValidationError as exc:
+            listing.damaged[record.uri] = exc
+            return None
+
+    def read_output(output: Output) -> list[tuple[RunRecord, RunFile]]:
+        return [pair for pair in in_parallel(read, output.records()) if pair is not None]
+
+    found = look_everywhere(read_output, lambda output, exc: listing.silent.update({output.uri: exc}))
+    listing.runs = sorted(found, key=lambda pair: pair[1].created_at)
+    return listing
+
+
+def in_parallel(read: Callable[[RunRecord], T], records: list[RunRecord]) -> list[T]:
+    """In their order. A bucket takes its time for each answer, and gives many at once."""
+    if len(records) < 2 or not any(is_bucket(record.uri) for record in records):
+        return [read(record) for record in records]
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(read, records))
+
+
+def all_runs() -> list[RunRecord]:
+    """Every run of the known outputs, oldest first."""
+    listing = list_runs()
+    for uri, exc in listing.silent.items():
+        tell_silent(Output(uri), exc)
+    return [record for record, _ in listing.runs]
+
+
+def find_run(name: str) -> RunRecord:
+    """The run whose id begins with `name`, or whose record is at the URI `name`. Raises RunNotFound for none or several.
+
+    Raises ServiceUnavailable where it may be in an output that does not answer.
+    """
+    if "://" in name:
+        return _find_by_uri(name)
+    if not name.isalnum():
+        raise RunNotFound(f"{name!r} is not a run id: letters and digits only")
+    silent: dict[str, Exception] = {}
+    found = look_everywhere(
+        lambda output: [record for record in output.records(name) if record.exists()],
+        lambda output, exc: silent.update({output.uri: exc}),
+    )
+    exact = [record for record in found if record.run_id == name]
+    if len(exact or found) == 1:
+        for uri, exc in silent.items():
+            tell_silent(Output(uri), exc)
+        return (exact or found)[0]
+    if not found and silent:
+        told = "; ".join(f"{uri} was not looked at: {exc}" for uri, exc in silent.items())
+        raise ServiceUnavailable(f"no run begins with {name!r} where one could look; {told}", hint="the same again when that answers")
+    if not found:
+        hint = "`trainyard runs` lists what there is; `trainyard runs --profile NAME` looks where a profile keeps its runs"
+        raise RunNotFound(f"no run begins with {name!r}", hint=hint)
+    raise RunNotFound(f"{len(found)} runs begin with {name!r}: {', '.join(r.run_id for r in found[:5])}", hint="give more characters")
+
+
+def _find_by_uri(uri: str) -> RunRecord:
+    output_uri, _, run_id = to_uri(uri).rpartition("/")
+    known = [output for output in known_outputs() if output.uri == output_uri] or [Output(output_uri)]
+    for output in known:
+        record = output.record(run_id)
+        if record.exists():
+            remember_output(output.uri, output.access)
+            return record
+    raise RunNotFound(f"there is no run at {uri}", hint="give <output>/<run id>, as `trainyard status` shows it")

@@ -1,0 +1,17 @@
+"""A result that lies in a store, brought to a folder of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blocks.credentials import AccessRef
+from blocks.job import Result
+from trainer.store_access import access_to
+from trainer.transfer import pull_files
+
+
+def fetch_result(result: Result, attempt_uri: str, folder: Path, access: AccessRef) -> Path:
+    """Its files below the folder, each held to its sha256; returns the model's. Raises what `pull_files` raises."""
+    with access_to(access.resolve(attempt_uri)):
+        pull_files(attempt_uri, folder, result.files)
+    return folder / result.model_uri.removeprefix(f"{attempt_uri}/")
