@@ -18,6 +18,7 @@ from prefect.flows import Flow
 from prefect.logging.loggers import flow_run_logger
 from prefect.runtime import flow_run as current_flow_run
 
+from blocks.errors import RunNotFound
 from blocks.job import JobState, JobStatus, Result
 from blocks.record import RunFile, RunRecord
 from blocks.staging import Counts
@@ -165,7 +166,11 @@ class StagingReporter:
 def publish_report(record: RunRecord, run: RunFile, result: Result, logger: Logger) -> None:
     """`report.md` in the run's folder; the figures per epoch, the report and the model's place in Prefect."""
     evaluation = read_json(to_path(result.manifest_uri).parent / AttemptLayout.EVALUATION) or {}
-    report = build_report(run, result, record.dataset(), evaluation)
+    try:
+        source = record.dataset_ref()
+    except RunNotFound:  # a result that is paid for is told all the same
+        source = None
+    report = build_report(run, result, record.dataset(), source, evaluation)
     record.folder.put(RunLayout.REPORT, report.encode())
     line = f"{describe_result(result)} ({run.name})"
     epochs = read_epochs(record)
