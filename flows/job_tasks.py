@@ -40,7 +40,7 @@ from blocks.provider import Provider
 from blocks.record import Outcome, RunFile, RunRecord, describe_dataset_change, remember_output, request_hash
 from flows.reporting import ProgressReporter, StagingReporter
 from flows.reporting_text import problem_line
-from flows.staging_text import describe_staged
+from flows.staging_text import describe_missing_labels, describe_staged
 from flows.watching import Listener, StallGuard, watch
 from trainer.contract import DatasetCheck, DatasetRef, ExitCode, RunLayout, TrainerError, TrainyardError
 from trainer.dataset import DatasetIndex, check_dataset
@@ -160,6 +160,8 @@ def _stage(
     else:
         ref, staged = register(request, store, index_uri, check, logger.info)
         logger.info("registered in %s, no image moved: %s", store.uri, describe_staged(staged))
+        if warning := describe_missing_labels(staged):
+            logger.warning(warning)
     # Before the run is written down, which may be long after.
     pin(ref, request, record.run_id)
     return ref
