@@ -6,7 +6,7 @@ import importlib
 import time
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from blocks.errors import ConfigError
 from trainer.store_access import StoreAccess
@@ -89,6 +89,14 @@ def _access_azure(credentials: Any, endpoint: str | None) -> StoreAccess:
         }
         return StoreAccess(scheme="az", endpoint=endpoint, config=config)
     return StoreAccess(scheme="az", endpoint=endpoint, config={"account_name": account})
+
+
+def public_endpoint(access: StoreAccess | None) -> str | None:
+    """The address as a run's record may have it: without a user, a password or a signature. None for the cloud's own."""
+    if access is None or not access.endpoint:
+        return None
+    parts = urlsplit(access.endpoint)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def parse_connection_string(text: str) -> dict[str, str]:

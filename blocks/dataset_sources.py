@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -26,14 +26,16 @@ SUFFIX = ".used"  # of the name in the store: the files that trainings use, besi
 SPARE_DAYS = 30  # for queues, and a person who resumes
 
 OnCounts = Callable[[Counts], None]
+EndpointOf = Callable[[str], str | None]  # the address of the store of a URI, where that is not its cloud's own
 
 
 @dataclass(frozen=True)
 class StoreChoice:
-    """Where to stage, and the address of a store that is not its cloud's own."""
+    """Where to stage, and the address of a store that is not its cloud's own; those of buckets whose objects stay in place, by scheme."""
 
     uri: str
     endpoint: str | None = None
+    source_endpoints: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def is_uri(dataset: str) -> bool:
@@ -85,19 +87,32 @@ def stage_index(index: DatasetIndex, store: StoreChoice, index_uri: str, on_coun
     return ref, staged
 
 
-def find_staged(dataset: str, endpoint: str | None, index_uri: str, check: DatasetCheck) -> DatasetRef:
+def find_staged(dataset: str, endpoint_of: EndpointOf, index_uri: str, check: DatasetCheck) -> DatasetRef:
     """The version that ``STORE#NAME`` means now; the trainer checks its images. Raises TrainerError: NOT_FOUND, CONFIG."""
     found = split_staged(dataset)
     assert found is not None, "callers ask for staged datasets only"
     uri, wanted = found
     version = find_version(uri, wanted)
-    return _checked_later(dataset, version, count_images(uri, version), StoreChoice(uri, endpoint), index_uri, check)
+    images, sources = look_at_files(uri, version)
+    store = StoreChoice(uri, endpoint_of(uri), find_endpoints(sources, endpoint_of))
+    return _checked_later(dataset, version, images, store, index_uri, check)
 
 
-def count_images(store_uri: str, version: str) -> int:
-    """By their names; reads all of the manifest."""
+def look_at_files(store_uri: str, version: str) -> tuple[int, set[str]]:
+    """How many images the version has, by their names, and where files in place lie; reads all of the manifest."""
+    images, sources = 0, set[str]()
     with told_plainly(store_uri):
-        return sum(is_image(file.path) for file in read_version(open_store(store_uri), version)[1])
+        for file in read_version(open_store(store_uri), version)[1]:
+            images += is_image(file.path)
+            if file.in_place:
+                sources.add(file.in_place.source)
+    return images, sources
+
+
+def find_endpoints(uris: Iterable[str], endpoint_of: EndpointOf) -> dict[str, str]:
+    """By scheme, the addresses of stores that are not their cloud's own."""
+    found = {urlsplit(uri).scheme: endpoint_of(uri) for uri in uris}
+    return {scheme: endpoint for scheme, endpoint in sorted(found.items()) if endpoint}
 
 
 def register(
@@ -118,6 +133,7 @@ def _checked_later(dataset: str, version: str, images: int, store: StoreChoice, 
         image_count=images,
         store_uri=store.uri,
         store_endpoint=store.endpoint,
+        source_endpoints=dict(store.source_endpoints) or None,
         check=check,
     )
 

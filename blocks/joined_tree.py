@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from blocks.label_matching import coco_folders, image_keys, is_image, is_label, label_key
+from blocks.label_matching import coco_folders, expected_label, image_keys, is_image, is_label, label_key
 from trainer.packs import InPlace, StagedFile, VersionHash
 
 COLUMNS = "path, sha256, size, pack, offset, source, key"
@@ -83,6 +83,11 @@ class JoinedTree:
             if is_label(path):
                 self._database.execute("INSERT OR IGNORE INTO label_keys VALUES (?, ?, 0)", (label_key(path), path))
 
+    def add_labels_among_files(self) -> None:
+        """Objects that are labels by their names, beside those that were given."""
+        paths = (path for (path,) in self._database.execute("SELECT path FROM files") if is_label(path))
+        self._database.executemany("INSERT OR IGNORE INTO label_keys VALUES (?, ?, 0)", ((label_key(path), path) for path in paths))
+
     def find_overlaid_image(self) -> str:
         """An image that the labels would replace, if any."""
         return next((row[0] for row in self._database.execute("SELECT path FROM labels JOIN files USING (path)") if is_image(row[0])), "")
@@ -103,6 +108,18 @@ class JoinedTree:
 
     def count_labelled(self) -> int:
         return self._one("SELECT count(*) FROM labelled")[0]
+
+    def find_unlabelled(self) -> tuple[str, str]:
+        """An image without a label, and where a training looks for that, by the kind of the other labels; empty where all have one."""
+        rows = self._database.execute("SELECT path FROM files WHERE path NOT IN (SELECT path FROM labelled) ORDER BY path")
+        image = next((path for (path,) in rows if is_image(path)), "")
+        like = self._one("SELECT coalesce(min(path), '.txt') FROM label_keys")[0]
+        return (image, expected_label(image, like)) if image else ("", "")
+
+    def find_json(self) -> str:
+        """An object that may be a COCO file; empty where there is none."""
+        row = self._database.execute("SELECT path FROM files WHERE path GLOB '*.[jJ][sS][oO][nN]' ORDER BY length(path), path").fetchone()
+        return row[0] if row else ""
 
     def unused_labels(self) -> tuple[int, str]:
         """How many labels are of no image, and one of them."""

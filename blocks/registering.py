@@ -51,13 +51,20 @@ class Matched:
 
 @dataclass(frozen=True)
 class Registered(Staged):
-    """``changed_files`` are those that the version before lacks, or has otherwise. ``matched`` is None where no labels were given."""
+    """``changed_files`` are those that the version before lacks, or has otherwise. ``matched`` is None where no labels were given.
+
+    ``labelled`` counts the images with a label, given or among the objects, by names; ``unlabelled`` is one without, and where its
+    label is looked for. ``unread`` is an object that may be a COCO file: objects are not read.
+    """
 
     source: str = ""
     in_place_files: int = 0
     in_place_bytes: int = 0
     images: int = 0
     matched: Matched | None = None
+    labelled: int = 0
+    unlabelled: tuple[str, str] = ("", "")
+    unread: str = ""
 
 
 def register_uri(
@@ -80,6 +87,9 @@ def register_uri(
         images = sum(1 for _ in tree.images())
         folder = labels.expanduser().absolute() if labels else None
         matched = match_labels(tree, folder, data_uri, images) if folder else None
+        tree.add_labels_among_files()
+        tree.match_labels()
+        labels_found = (tree.count_labelled(), tree.find_unlabelled(), tree.find_json())
 
         def write() -> tuple[Ref, int, int]:
             store = open_store(store_uri)
@@ -96,7 +106,7 @@ def register_uri(
         files, size = tree.count_in_place()
     return Registered(
         *(name, ref.version, store_uri, ref.files, ref.bytes, changed, sent, time.monotonic() - started, left_out),
-        *(data_uri, files, size, images, matched),
+        *(data_uri, files, size, images, matched, *labels_found),
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from flows.cli_store import AS_JSON, STORE, Ticker, format_bytes
+from flows.staging_text import describe_missing_labels
 
 if TYPE_CHECKING:
     from blocks.registering import Registered
@@ -30,6 +31,8 @@ def register(uri: str, store_uri: str, labels: str | None, name: str | None, as_
         uri, store_uri, labels=Path(labels) if labels else None, name=name, on_progress=lambda text: ticker.show(lambda _: text)
     )
     ticker.end()
+    if warning := describe_missing_labels(registered):
+        click.echo(f"warning: {warning}", err=True)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(registered)))
         return
@@ -43,8 +46,8 @@ def describe_registered(registered: Registered) -> list[str]:
         f"{registered.in_place_files} of them, {format_bytes(registered.in_place_bytes)}, in place at {registered.source}; "
         f"{format_bytes(registered.sent_bytes)} sent in {registered.seconds:.1f} s"
     ]
+    lines.append(f"labels: {registered.labelled} of {registered.images} images have one")
     if matched := registered.matched:
-        lines.append(f"labels: {matched.images} of {registered.images} images have one")
         if matched.unused:
             lines.append(f"labels without an image: {matched.unused}, such as {matched.unused_example}")
         lines.append(f"layout: {matched.format or matched.problem}")

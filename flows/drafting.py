@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from blocks import image
-from blocks.dataset_sources import count_images, dataset_name, is_uri, split_staged
+from blocks.dataset_sources import dataset_name, is_uri, look_at_files, split_staged
 from blocks.job import JobSpec, Plan, TrainRequest
 from blocks.naming import display_name
 from blocks.profiles import Profile, image_settings, load_profile
@@ -30,7 +30,7 @@ def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex | None]:
     if staged := split_staged(request.dataset):
         with access_to(profile.store_access(profile.choose_store(request))):
             version = find_version(*staged)
-            images = count_images(staged[0], version)
+            images = look_at_files(staged[0], version)[0]
     elif not is_uri(request.dataset):
         path = Path(request.dataset)
         index = check_dataset(path, task=request.config.task, split=request.split, max_problem_share=request.max_problem_share)

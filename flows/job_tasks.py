@@ -17,9 +17,12 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import exponential_backoff
 
 from blocks.attempts import close, close_unsubmitted
+from blocks.credentials import public_endpoint
 from blocks.dataset_sources import (
+    EndpointOf,
     StoreChoice,
     dataset_name,
+    find_endpoints,
     find_staged,
     is_uri,
     pin,
@@ -37,7 +40,7 @@ from blocks.provider import Provider
 from blocks.record import Outcome, RunFile, RunRecord, describe_dataset_change, request_hash
 from flows.reporting import ProgressReporter, StagingReporter
 from flows.reporting_text import problem_line
-from flows.staging_text import describe_staged
+from flows.staging_text import describe_missing_labels, describe_staged
 from flows.watching import Listener, StallGuard, watch
 from trainer.contract import DatasetCheck, DatasetRef, ExitCode, RunLayout, TrainerError, TrainyardError
 from trainer.dataset import DatasetIndex, check_dataset
@@ -120,19 +123,28 @@ def stage_dataset(
     uri = profile.choose_store(request)
     access = profile.store_access(uri)
     # Images may lie in a bucket, and what is registered of them in a folder.
-    source = profile.store_access(request.dataset) if is_uri(request.dataset) else None
+    source = profile.store_access(request.dataset) if is_uri(request.dataset) and staged is None else None
+
+    def endpoint_of(place: str) -> str | None:
+        try:
+            return public_endpoint(profile.store_access(place))
+        except ConfigError:  # credentials of one cloud, and objects in place of another's
+            return None
+
     with access_to(source), access_to(access):
-        return _stage(StoreChoice(uri, access.endpoint if access else None), request, record, index, listener)
+        return _stage(uri, endpoint_of, request, record, index, listener)
 
 
 def _stage(
-    store: StoreChoice,
+    uri: str,
+    endpoint_of: EndpointOf,
     request: TrainRequest,
     record: RunRecord,
     index: DatasetIndex | None,
     listener: Callable[[RunRecord, JobStatus], None],
 ) -> DatasetRef:
     logger = get_run_logger()
+    store = StoreChoice(uri, endpoint_of(uri), find_endpoints([request.dataset] if index is None else [], endpoint_of))
     index_uri = f"{record.uri}/{RunLayout.DATASET}"
     check = DatasetCheck(split=request.split, max_problem_share=request.max_problem_share)
     if index is not None:
@@ -140,11 +152,13 @@ def _stage(
         ref, staged = stage_index(index, store, index_uri, teller.on_counts)
         teller.end(f"staged to {store.uri}: {describe_staged(staged)}")
     elif split_staged(request.dataset):
-        ref = find_staged(request.dataset, store.endpoint, index_uri, check)
+        ref = find_staged(request.dataset, endpoint_of, index_uri, check)
         logger.info("trains on version %s of %s, %d images", ref.version[:12], request.dataset, ref.image_count)
     else:
         ref, staged = register(request, store, index_uri, check, logger.info)
         logger.info("registered in %s, no image moved: %s", store.uri, describe_staged(staged))
+        if warning := describe_missing_labels(staged):
+            logger.warning(warning)
     # Before the run is written down, which may be long after.
     pin(ref, request, record.run_id)
     return ref

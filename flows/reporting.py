@@ -18,6 +18,7 @@ from prefect.flows import Flow
 from prefect.logging.loggers import flow_run_logger
 from prefect.runtime import flow_run as current_flow_run
 
+from blocks.errors import RunNotFound
 from blocks.job import JobState, JobStatus, Result
 from blocks.record import RunFile, RunRecord
 from blocks.staging import Counts
@@ -164,7 +165,11 @@ def publish_report(record: RunRecord, run: RunFile, result: Result, logger: Logg
     """`report.md` in the run's folder; the figures per epoch, the report and the model's place in Prefect."""
     attempt, _, _ = result.manifest_uri.removeprefix(f"{record.uri}/").rpartition("/")
     evaluation = json.loads(record.folder.get(f"{attempt}/{AttemptLayout.EVALUATION}") or b"{}")
-    report = build_report(run, result, record.dataset(), evaluation)
+    try:
+        source = record.dataset_ref()
+    except RunNotFound:  # a result that is paid for is told all the same
+        source = None
+    report = build_report(run, result, record.dataset(), source, evaluation)
     record.folder.put(RunLayout.REPORT, report.encode())
     line = f"{describe_result(result)} ({run.name})"
     epochs = read_epochs(record)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from blocks.job import JobStatus, Result, seconds_between
 from blocks.record import RunFile, RunRecord
-from trainer.contract import METRIC_NAMES, AttemptLayout, Progress
+from trainer.contract import METRIC_NAMES, AttemptLayout, DatasetRef, Progress
 from trainer.dataset import DatasetIndex, DatasetProblem, ProblemKind
 from trainer.storage import to_path
 
@@ -224,8 +224,8 @@ def run_line(run: RunFile) -> str:
     return f"Run `{run.run_id}`, owner {run.owner}, provider {run.provider}, started {run.created_at:%Y-%m-%d %H:%M} UTC."
 
 
-def build_report(run: RunFile, result: Result, index: DatasetIndex | None, evaluation: dict[str, Any]) -> str:
-    """Pure: the run's report as markdown. The verdict first."""
+def build_report(run: RunFile, result: Result, index: DatasetIndex | None, source: DatasetRef | None, evaluation: dict[str, Any]) -> str:
+    """Pure: the run's report as markdown. The verdict first. `index` and `source` are missing from the records of some old runs."""
     model = shlex.quote(place(result.model_uri))
     commands = {
         "Predict": f"uv run yolo predict model={model} source=IMAGES",
@@ -252,6 +252,8 @@ def build_report(run: RunFile, result: Result, index: DatasetIndex | None, evalu
     lines += class_table(evaluation)
     if index is not None:
         lines += dataset_lines(index)
+    if source is not None:
+        lines += source_lines(source)
     lines += ["", run_line(run)]
     return "\n".join(lines)
 
@@ -286,6 +288,17 @@ def dataset_lines(index: DatasetIndex) -> list[str]:
     lines += [f"- {problem_line(problem)}" for problem in index.problems[:10]]
     lines += [f"- and {len(index.problems) - 10} more: `trainyard dataset check` lists all" for _ in range(len(index.problems) > 10)]
     return lines
+
+
+def source_lines(source: DatasetRef) -> list[str]:
+    """Where the images of this version lie, and how to have them again. The version in full: it is what other runs are compared by."""
+    if source.store_uri is None:
+        return [f"- version `{source.version}`, read in place from `{place(source.root)}`"]
+    store = place(source.store_uri)
+    at = f" at {source.store_endpoint}" if source.store_endpoint else ""
+    root = "" if source.root.startswith(f"{source.store_uri}#") else f", from `{place(source.root)}`"
+    fetch = f"uv run trainyard dataset fetch {source.version[:12]} --store {shlex.quote(store)} --to FOLDER"
+    return [f"- version `{source.version}` in the store `{store}`{at}{root}", f"- fetch it: `{fetch}`"]
 
 
 def format_cost(usd: float | None) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from blocks.registering import Registered
     from blocks.staging import Counts, Staged
+
+MOST_UNLABELLED = 0.05  # of the images: a training refuses more, unless it is told otherwise
 
 
 def format_bytes(size: float) -> str:
@@ -36,4 +39,28 @@ def describe_staged(staged: Staged) -> str:
     return (
         f"{staged.name}: version {staged.version[:12]}, {staged.files} files, {format_bytes(staged.bytes)}; "
         f"{format_bytes(staged.sent_bytes)} sent (reused {reused:.1%}) in {staged.seconds:.1f} s"
+    )
+
+
+def describe_missing_labels(registered: Registered) -> str:
+    """What is wrong with the labels of a registered dataset, and what to do; empty where enough images have one."""
+    images, (image, label) = registered.images, registered.unlabelled
+    missing = images - registered.labelled
+    if missing <= MOST_UNLABELLED * images:
+        return ""
+    if registered.matched and registered.matched.format == "coco":
+        return (
+            f"{missing} of the {images} images, such as {image}, are not in the COCO file, so no training uses them. Next: add them to it"
+        )
+    if registered.labelled:
+        text = (
+            f"{missing} of the {images} images, such as {image}, have no label. A training leaves them out, and refuses a set that has "
+            f"more than {MOST_UNLABELLED:.0%} of such."
+        )
+    else:
+        text = f"none of the {images} images has a label, so there is nothing to train on."
+    unread = f"{registered.unread} was not read: if it describes them in the form of COCO, all is well; else " if registered.unread else ""
+    return (
+        f"{text} Next: {unread}put the labels where a training looks for them ({label} for {image}; an empty one where an image shows "
+        "nothing), or give a folder of them or a COCO .json with --labels, and register again"
     )

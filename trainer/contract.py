@@ -138,6 +138,9 @@ class DatasetRef(StoredRecord):
         default=None, description="Store that holds the staged version. None: the files at root are read in place."
     )
     store_endpoint: str | None = Field(default=None, description="Address of a store that is not its cloud's own.")
+    source_endpoints: dict[str, str] | None = Field(
+        default=None, description="By scheme (s3), the address of buckets with objects that are used in place, where not the cloud's own."
+    )
     check: DatasetCheck | None = Field(default=None, description="The trainer makes the index, once it has the files.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -46,9 +46,10 @@ def open_data(job: TrainJob, layout: AttemptLayout, tell: Tell) -> Iterator[FitD
         return
     from trainer.dataset_cache import dataset_folder
 
-    with (
-        access_to(StoreAccess(scheme=urlsplit(ref.store_uri).scheme, endpoint=ref.store_endpoint) if ref.store_endpoint else None),
-        dataset_folder(
+    with ExitStack() as stack:
+        endpoint = ref.store_endpoint
+        stack.enter_context(access_to(StoreAccess(scheme=urlsplit(ref.store_uri).scheme, endpoint=endpoint) if endpoint else None))
+        folder = dataset_folder(
             ref.store_uri,
             ref.version,
             cache=Path(job.cache_dir) if job.cache_dir else None,
@@ -56,14 +57,24 @@ def open_data(job: TrainJob, layout: AttemptLayout, tell: Tell) -> Iterator[FitD
             scratch=layout / AttemptLayout.WORK,
             on_progress=FetchTold(tell),
             on_message=tell,
-        ) as fetched,
-    ):
+        )
+        with access_to_sources(ref):
+            fetched = stack.enter_context(folder)
         log.info(
             "dataset version %s from %s: %d files, %.1f MB fetched in %.1f s, kept in %s",
             *(ref.version[:12], ref.store_uri, fetched.fetched_files, fetched.fetched_bytes / 1e6, fetched.seconds, fetched.place),
         )
         index = read_index(ref) if ref.check is None else make_index(ref, ref.check, fetched.folder, tell)
         yield FitData(as_fetched(index, fetched.folder), fetched.folder)
+
+
+@contextmanager
+def access_to_sources(ref: DatasetRef) -> Iterator[None]:
+    """To the buckets of what the version uses in place. For the fetch alone: what else the job reads and writes may lie in others."""
+    with ExitStack() as stack:
+        for scheme, endpoint in (ref.source_endpoints or {}).items():
+            stack.enter_context(access_to(StoreAccess(scheme=scheme, endpoint=endpoint)))
+        yield
 
 
 class FetchTold:

@@ -48,6 +48,7 @@ def test_a_folder_is_staged_once_and_fetched_once(stack: Stack, shapes: Path, tm
     assert manifest["dataset_version"] == index["version"] == source["version"]
     assert source["store_uri"] == store
     assert f"dataset version {index['version'][:12]}" in log
+    assert f"version `{source['version']}` in the store `{tmp_path}/store`, from `{shapes}`" in (run / "report.md").read_text()
     stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*") if path.is_file() and "pins" not in path.parts}
     _, again, log = trained(stack, str(shapes), "--stage", "--store", store)
     assert again["dataset_version"] == manifest["dataset_version"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from blocks.credentials import build_access, parse_connection_string
+from blocks.credentials import build_access, parse_connection_string, public_endpoint
 from blocks.errors import ConfigError
 from blocks.profiles import LocalProfile, load_credentials
 from trainer.store_access import StoreAccess, access_to, store_options
@@ -103,3 +103,18 @@ def test_an_access_ends_with_its_context_also_where_it_is_nested() -> None:
         assert store_options("s3://b")["endpoint"] == "http://outer"
         assert store_options("az://b") == {}
     assert store_options("s3://b") == {}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "told"),
+    [
+        ("http://127.0.0.1:9000", "http://127.0.0.1:9000"),
+        ("https://minio.example/base", "https://minio.example/base"),
+        (f"https://me:{SECRET}@minio.example:9000/base?sig={SECRET}#{SECRET}", "https://minio.example:9000/base"),
+        (None, None),
+        ("", None),
+    ],
+)
+def test_an_address_is_recorded_without_what_opens_it(endpoint: str | None, told: str | None) -> None:
+    assert public_endpoint(StoreAccess(scheme="s3", endpoint=endpoint)) == told
+    assert public_endpoint(None) is None

@@ -105,6 +105,6 @@ def test_images_of_a_set_that_nobody_has_checked_are_counted_without_labels(tmp_
     root, store = make_cells(tmp_path), (tmp_path / "store").as_uri()
     images = len(list((root / "images").rglob("*.png")))
     stage_folder(root, store)
-    assert find_staged(f"{store}#cells", None, "", DatasetCheck()).image_count == images
+    assert find_staged(f"{store}#cells", lambda _: None, "", DatasetCheck()).image_count == images
     request = TrainRequest(dataset=root.as_uri(), store=store)
     assert register(request, StoreChoice(store), "", DatasetCheck())[0].image_count == images

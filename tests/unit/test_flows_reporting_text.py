@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from blocks.job import JobState, JobStatus, Result
 from blocks.record import CancelRequest, RunFile, RunRecord
+from flows.reporting import publish_report
 from flows.reporting_text import (
     build_ending,
     build_report,
@@ -17,7 +19,7 @@ from flows.reporting_text import (
     replace_tags,
     running_tags,
 )
-from trainer.contract import Phase, Progress
+from trainer.contract import DatasetRef, Phase, Progress, RunLayout
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (75, "1m15s"), (3600, "1h00m"), (90_061, "25h01m")])
@@ -33,12 +35,14 @@ def test_status_in_one_line() -> None:
     assert line == "running, epoch 3/20, val mAP50 0.432, 14 images/s, ETA 1m15s, all is well"
 
 
-def test_report_tells_the_verdict_first_and_knows_classes_without_figures() -> None:
-    run = RunFile(run_id="abcd", name="bccd-yolo11n", request={}, request_hash="", provider="local", settings={}, owner="me")
-    result = Result(
+RUN = RunFile(run_id="abcd", name="bccd-yolo11n", request={}, request_hash="", provider="local", settings={}, owner="me")
+
+
+def made_result(manifest_uri: str = "file:///x") -> Result:
+    return Result(
         outcome="complete",
         model_uri="file:///m",
-        manifest_uri="file:///x",
+        manifest_uri=manifest_uri,
         metrics={"map50": 0.69, "map50_95": 0.4, "precision": 0.7, "recall": 0.6},
         metrics_split="test",
         files={},
@@ -46,11 +50,71 @@ def test_report_tells_the_verdict_first_and_knows_classes_without_figures() -> N
         epochs=4,
         duration_seconds=60,
     )
+
+
+def test_report_tells_the_verdict_first_and_knows_classes_without_figures() -> None:
     row: dict[str, Any] = {"name": "rare", "instances": 0, **dict.fromkeys(("precision", "recall", "map50", "map50_95"))}
-    lines = build_report(run, result, None, {"classes": [row]}).splitlines()
+    lines = build_report(RUN, made_result(), None, None, {"classes": [row]}).splitlines()
     assert lines[2].startswith("**mAP50 0.690** on the test split")
     assert "| rare | 0 | - | - | - | - |" in lines
     assert "unknown" in "".join(lines), "no price, so no cost"
+
+
+VERSION = "0123456789abcdef" * 4
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"root": "/data/my cells"}, [f"- version `{VERSION}`, read in place from `/data/my cells`"]),
+        (
+            {"root": "/data/cells", "store_uri": "file:///a%20store"},
+            [
+                f"- version `{VERSION}` in the store `/a store`, from `/data/cells`",
+                "- fetch it: `uv run trainyard dataset fetch 0123456789ab --store '/a store' --to FOLDER`",
+            ],
+        ),
+        (
+            {"root": "s3://b/images", "store_uri": "s3://b/store", "store_endpoint": "https://minio.example"},
+            [
+                f"- version `{VERSION}` in the store `s3://b/store` at https://minio.example, from `s3://b/images`",
+                "- fetch it: `uv run trainyard dataset fetch 0123456789ab --store s3://b/store --to FOLDER`",
+            ],
+        ),
+        (
+            {"root": "file:///store#cells", "store_uri": "file:///store"},
+            [
+                f"- version `{VERSION}` in the store `/store`",
+                "- fetch it: `uv run trainyard dataset fetch 0123456789ab --store /store --to FOLDER`",
+            ],
+        ),
+    ],
+)
+def test_report_names_store_and_version_of_the_dataset(values: dict[str, Any], told: list[str]) -> None:
+    source = DatasetRef(index_uri="file:///runs/i.json", version=VERSION, name="cells", image_count=4, **values)
+    lines = build_report(RUN, made_result(), None, source, {}).splitlines()
+    assert [line for line in lines if "version `" in line or "fetch it" in line] == told
+    assert lines[-1].startswith("Run `abcd`")
+
+
+def published(record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The report that lies in the run's folder, where Prefect takes no artifact."""
+
+    def refuse(_: object) -> None:
+        raise OSError("no server")
+
+    monkeypatch.setattr("flows.reporting.run_page", refuse)
+    publish_report(record, RUN, made_result(f"{record.uri}/attempts/1/manifest.json"), logging.getLogger(__name__))
+    return (record.folder.get(RunLayout.REPORT) or b"").decode()
+
+
+def test_the_report_of_a_run_is_written_with_its_dataset_and_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = published(RunRecord(str(tmp_path), "bare"), monkeypatch)
+    assert "succeeded, mAP50 0.690" in bare
+    assert "version" not in bare
+    record = RunRecord(str(tmp_path), "abcd")
+    record.write_source(DatasetRef(root="s3://b/i", index_uri="", version=VERSION, name="c", image_count=4, store_uri="s3://b/store"))
+    assert f"version `{VERSION}` in the store `s3://b/store`, from `s3://b/i`" in published(record, monkeypatch)
 
 
 def training(epoch: int) -> Progress:
