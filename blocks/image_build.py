@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 import shutil
@@ -16,7 +15,8 @@ from pathlib import Path
 
 from blocks.errors import ConfigError, ProviderError, QuotaError, ServiceUnavailable, TerminalError
 from blocks.image_source import DOCKERFILE, BuildInput, declared_arguments
-from trainer.contract import CONTRACT_VERSION, ExitCode
+from trainer.contract_version import CONTRACT_VERSION
+from trainer.errors import ExitCode
 
 LABEL_SOURCE = "io.trainyard.source-hash"
 LABEL_CONTRACT = "io.trainyard.contract-version"
@@ -43,6 +43,8 @@ OnStep = Callable[[BuildStep, float], None]
 
 
 def image_labels(source_hash: str) -> dict[str, str]:
+    import importlib.metadata
+
     version = importlib.metadata.version("trainyard")
     return {LABEL_SOURCE: source_hash, LABEL_CONTRACT: str(CONTRACT_VERSION), LABEL_VERSION: version}
 

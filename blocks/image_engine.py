@@ -15,7 +15,7 @@ from blocks.errors import AuthError, ConfigError, ProviderError, QuotaError, Ser
 from blocks.image_build import DAEMON_HINT, LABEL_SOURCE
 from blocks.image_ref import ImageRef
 from blocks.registry_login import IDENTITY_TOKEN, Login
-from trainer.contract import ExitCode
+from trainer.errors import ExitCode
 
 OnPush = Callable[[int, int], None]  # bytes sent, of so many that the registry lacks
 DEFAULT_HOST = "unix:///var/run/docker.sock"

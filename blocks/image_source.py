@@ -7,6 +7,7 @@ ignore, and the trainer's sources, and the build's arguments, the base among the
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from blocks.errors import ConfigError
-from blocks.job import canonical_json
 
 DOCKERFILE = "docker/trainer.Dockerfile"
 # Of the project's folder; a test holds them against what the Dockerfile copies.
@@ -61,7 +61,7 @@ def hash_source(source: BuildInput) -> str:
         raise ConfigError(f"there is no {DOCKERFILE} in {source.root}", hint="build in a clone of the project")
     files = [_describe(path, source.root) for path in list_sources(source.root)]
     whole = {"files": files, "arguments": source.build_arguments(), "platform": source.platform}
-    return hashlib.sha256(canonical_json(whole).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 def _describe(path: Path, root: Path) -> tuple[str, bool, str]:
