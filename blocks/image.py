@@ -298,7 +298,11 @@ def _find_or_build(
 
 
 def _push(engine: Engine, image_id: str, place: _Place, on_push: Callable[[int, int], None]) -> Manifest:
-    digest = engine.push(image_id, place.ref, place.repository.login, on_push)
+    try:
+        digest = engine.push(image_id, place.ref, place.repository.login, on_push)
+    except ServiceUnavailable:
+        place.repository.require_push()  # the registry itself tells more: a full disk is but a 500 to the engine
+        raise
     manifest = place.repository.find(digest)
     if manifest is None:
         raise ServiceUnavailable(f"the registry {place.ref.registry} does not have what was pushed ({digest})", hint="push again")

@@ -146,7 +146,7 @@ def explain_build_failure(lines: Sequence[str], source: BuildInput) -> ProviderE
             "this user may not use Docker", hint="join the group docker, or run Docker in rootless mode", code=ExitCode.PERMISSION
         )
     if "no space left on device" in lower:
-        return QuotaError("docker has no disk space left for the build", hint="docker system prune, or a bigger disk")
+        return QuotaError("docker has no disk space left for the build", hint="docker system prune, or a bigger disk; then build again")
     base = source.base or "the Dockerfile's base"
     if re.search(r"> \[internal\] load metadata for|failed to (?:resolve source metadata|load cache key)|pull access denied", lower):
         return ConfigError(
