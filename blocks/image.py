@@ -7,21 +7,24 @@ several registries is pushed once and copied from registry to registry, so that 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blocks.errors import ConfigError, ServiceUnavailable
 from blocks.image_build import LABEL_CONTRACT, LABEL_SOURCE, BuildStep, run_build
 from blocks.image_engine import Engine, LocalImage, connect
 from blocks.image_ref import ImageRef
 from blocks.image_source import DEFAULT_PLATFORM, BuildInput, find_root, hash_source, source_tag
-from blocks.job import CheckLine
 from blocks.places import home
-from blocks.registry import Manifest, Repository
-from blocks.registry_login import ECR, Identity, Login, create_ecr_repository, find_login
-from trainer.contract import CONTRACT_VERSION
+from blocks.registry_login import ECR, Identity, create_ecr_repository, find_login
+from trainer.contract_version import CONTRACT_VERSION
 from trainer.locks import holding
+
+if TYPE_CHECKING:
+    from blocks.job import CheckLine
+    from blocks.registry import Manifest, Repository
 
 DEFAULT_REPOSITORY = "trainyard-trainer"
 
@@ -70,13 +73,19 @@ class EnsuredImage:
     image_id: str = ""
 
 
+def open_repository(ref: ImageRef, identity: Identity) -> Repository:
+    from blocks.registry import Repository
+
+    return Repository(ref.registry, ref.repository, find_login(ref.registry, identity))
+
+
 # --- One digest, verified --------------------------------------------------------------------------
 
 
 def resolve_image(settings: ImageSettings) -> ImageRef:
     """The explicit image by digest. Raises ConfigError where it is missing, of another platform, or of another contract."""
     ref = ImageRef.parse(settings.image)
-    with Repository(ref.registry, ref.repository, find_login(ref.registry, settings.identity)) as repository:
+    with open_repository(ref, settings.identity) as repository:
         manifest = repository.find(ref.reference)
         if manifest is None:
             raise ConfigError(
@@ -135,7 +144,7 @@ def look_up_image(settings: ImageSettings) -> ImageRef | None:
         return resolve_image(settings)
     place, source = settings.place(), settings.source()
     source_hash = hash_source(source)
-    with Repository(place.registry, place.repository, find_login(place.registry, settings.identity)) as repository:
+    with open_repository(place, settings.identity) as repository:
         manifest = find_built(repository, place.tagged(source_tag(source_hash)), source_hash, source.platform)
     return place.pinned(manifest.digest) if manifest else None
 
@@ -159,7 +168,8 @@ def require_said(settings: ImageSettings) -> None:
 
 def check_image(settings: ImageSettings) -> CheckLine:
     """For `check`: the image that would train, or what is wrong with it."""
-    from trainer.contract import TrainyardError
+    from blocks.job import CheckLine
+    from trainer.errors import TrainyardError
 
     try:
         found = look_up_image(settings)
@@ -182,7 +192,6 @@ def find_built(repository: Repository, ref: ImageRef, source_hash: str, platform
 class _Place:
     ref: ImageRef
     repository: Repository
-    login: Login | None
     settings: ImageSettings
 
     def prepare(self, told: Told) -> None:
@@ -204,7 +213,7 @@ def ensure_image(
     tag = source_tag(source_hash)
     with ExitStack() as stack:
         places = [_open_place(target, tag, stack) for target in targets]
-        found = [None if force else find_built(place.repository, place.ref, source_hash, source.platform) for place in places]
+        found = [None] * len(places) if force else _find_everywhere(places, source_hash, source.platform)
         if places and all(found):
             refs = tuple(place.ref.pinned(manifest.digest) for place, manifest in zip(places, found, strict=True) if manifest)
             if len({ref.digest for ref in refs}) == 1:
@@ -220,9 +229,17 @@ def ensure_image(
 
 def _open_place(settings: ImageSettings, tag: str, stack: ExitStack) -> _Place:
     ref = settings.place().tagged(tag)
-    login = find_login(ref.registry, settings.identity)
-    repository = stack.enter_context(Repository(ref.registry, ref.repository, login))
-    return _Place(ref, repository, login, settings)
+    return _Place(ref, stack.enter_context(open_repository(ref, settings.identity)), settings)
+
+
+def _find_everywhere(places: Sequence[_Place], source_hash: str, platform: str) -> list[Manifest | None]:
+    """All registries are asked at once."""
+
+    def find(place: _Place) -> Manifest | None:
+        return find_built(place.repository, place.ref, source_hash, platform)
+
+    with ThreadPoolExecutor(max(1, len(places))) as pool:
+        return list(pool.map(find, places))
 
 
 def _bring(
@@ -281,7 +298,11 @@ def _find_or_build(
 
 
 def _push(engine: Engine, image_id: str, place: _Place, on_push: Callable[[int, int], None]) -> Manifest:
-    digest = engine.push(image_id, place.ref, place.login, on_push)
+    try:
+        digest = engine.push(image_id, place.ref, place.repository.login, on_push)
+    except ServiceUnavailable:
+        place.repository.require_push()  # the registry itself tells more: a full disk is but a 500 to the engine
+        raise
     manifest = place.repository.find(digest)
     if manifest is None:
         raise ServiceUnavailable(f"the registry {place.ref.registry} does not have what was pushed ({digest})", hint="push again")

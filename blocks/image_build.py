@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 import shutil
@@ -15,16 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blocks.errors import ConfigError, ProviderError, QuotaError, ServiceUnavailable, TerminalError
-from blocks.image_source import DOCKERFILE, BuildInput, declared_arguments
-from trainer.contract import CONTRACT_VERSION, ExitCode
+from blocks.image_source import DOCKERFILE, BuildInput, declared_arguments, find_revision
+from trainer.contract_version import CONTRACT_VERSION
+from trainer.errors import ExitCode
 
 LABEL_SOURCE = "io.trainyard.source-hash"
 LABEL_CONTRACT = "io.trainyard.contract-version"
 LABEL_VERSION = "org.opencontainers.image.version"
+LABEL_REVISION = "org.opencontainers.image.revision"
 STEP = re.compile(r"#\d+ \[(?:(?P<stage>\S+) +)?(?P<number>\d+)/(?P<count>\d+)\] (?P<what>.+)")
 USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 KEPT_LINES = 400
+NO_NETWORK = ("temporary failure in name resolution", "connection refused", "network is unreachable", "network bridge not found")
 SHOWN_LINES = 12
+SHOWN_WIDTH = 300
+LAST_WORDS = ("error: ", "failed to solve", "executor failed running")  # of newer and older BuildKit
 DAEMON_HINT = "start Docker (Docker Desktop, or: sudo systemctl start docker), or point DOCKER_HOST at one that runs"
 INSTALL_HINT = "install Docker Engine with buildx, or build elsewhere and name the image's digest in the profile"
 
@@ -42,17 +46,23 @@ class BuildStep:
 OnStep = Callable[[BuildStep, float], None]
 
 
-def image_labels(source_hash: str) -> dict[str, str]:
+def image_labels(source_hash: str, revision: str = "") -> dict[str, str]:
+    """Not in the hash, and no layer is made of them: that they change costs nothing."""
+    import importlib.metadata
+
     version = importlib.metadata.version("trainyard")
-    return {LABEL_SOURCE: source_hash, LABEL_CONTRACT: str(CONTRACT_VERSION), LABEL_VERSION: version}
+    labels = {LABEL_SOURCE: source_hash, LABEL_CONTRACT: str(CONTRACT_VERSION), LABEL_VERSION: version}
+    return {**labels, LABEL_REVISION: revision} if revision else labels
 
 
-def build_command(source: BuildInput, source_hash: str, name: str, id_file: Path, *, ca_bundle: str = "", network: str = "") -> list[str]:
+def build_command(
+    source: BuildInput, source_hash: str, name: str, id_file: Path, *, ca_bundle: str = "", network: str = "", revision: str = ""
+) -> list[str]:
     """Pure but for the Dockerfile, whose own label arguments are filled where it takes them."""
     command = ["docker", "build", "--file", str(source.root / DOCKERFILE), "--tag", name, "--iidfile", str(id_file)]
     command += ["--platform", source.platform, "--progress", "plain"]
-    labels = image_labels(source_hash)
-    told = {"VERSION": labels[LABEL_VERSION], "SOURCE_HASH": source_hash, "CONTRACT_VERSION": labels[LABEL_CONTRACT]}
+    labels = image_labels(source_hash, revision)
+    told = {"VERSION": labels[LABEL_VERSION], "SOURCE_HASH": source_hash, "CONTRACT_VERSION": labels[LABEL_CONTRACT], "REVISION": revision}
     declared = declared_arguments((source.root / DOCKERFILE).read_text())
     arguments = {**source.build_arguments(), **{key: value for key, value in told.items() if key in declared}}
     for key, value in sorted(arguments.items()):
@@ -86,7 +96,8 @@ def run_build(source: BuildInput, source_hash: str, name: str, on_step: OnStep, 
     environment = {**os.environ, "DOCKER_BUILDKIT": "1", "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}  # one manifest, no index around it
     with tempfile.TemporaryDirectory() as folder:
         id_file = Path(folder) / "id"
-        command = build_command(source, source_hash, name, id_file, ca_bundle=host_ca_bundle(), network=network)
+        revision = find_revision(source.root)
+        command = build_command(source, source_hash, name, id_file, ca_bundle=host_ca_bundle(), network=network, revision=revision)
         with subprocess.Popen(
             command,
             env=environment,
@@ -135,7 +146,7 @@ def explain_build_failure(lines: Sequence[str], source: BuildInput) -> ProviderE
             "this user may not use Docker", hint="join the group docker, or run Docker in rootless mode", code=ExitCode.PERMISSION
         )
     if "no space left on device" in lower:
-        return QuotaError("docker has no disk space left for the build", hint="docker system prune, or a bigger disk")
+        return QuotaError("docker has no disk space left for the build", hint="docker system prune, or a bigger disk; then build again")
     base = source.base or "the Dockerfile's base"
     if re.search(r"> \[internal\] load metadata for|failed to (?:resolve source metadata|load cache key)|pull access denied", lower):
         return ConfigError(
@@ -151,7 +162,7 @@ def explain_build_failure(lines: Sequence[str], source: BuildInput) -> ProviderE
             f"the build does not trust your network's certificate\n{shown_lines(lines)}",
             hint="set SSL_CERT_FILE to your network's CA bundle; it goes into the build as a secret, into no layer",
         )
-    if "temporary failure in name resolution" in lower or "connection refused" in lower or "network is unreachable" in lower:
+    if any(word in lower for word in NO_NETWORK):
         return ServiceUnavailable(f"the build has no network\n{shown_lines(lines)}", hint="check the network, or build with --network host")
     return ConfigError(f"a step of the build failed\n{shown_lines(lines)}", hint="mend what it says, then build again")
 
@@ -160,6 +171,11 @@ def shown_lines(lines: Sequence[str]) -> str:
     """The last lines of the step that failed, as BuildKit repeats them at the end; a password in an address left out."""
     rules = [number for number, line in enumerate(lines) if line.strip() == "------"]
     kept = list(lines[rules[-2] + 1 : rules[-1]]) if len(rules) >= 2 else [line for line in lines if line.strip()]
-    last = [line for line in lines if line.lower().startswith(("error: failed to solve", "error: ", "failed to solve"))][-1:]
+    last = [line for line in lines if line.lower().startswith(LAST_WORDS)][-1:]
     chosen = [*kept[-SHOWN_LINES:], *(line for line in last if line not in kept[-SHOWN_LINES:])]
-    return "\n".join(f"  {USER_IN_URL.sub('***@', line)[:300]}" for line in chosen)
+    return "\n".join(f"  {_shorten(USER_IN_URL.sub('***@', line))}" for line in chosen)
+
+
+def _shorten(line: str) -> str:
+    """Of a long line the end, too: first it repeats the command, then it says what is wrong."""
+    return line if len(line) <= SHOWN_WIDTH else f"{line[: SHOWN_WIDTH // 2]} ... {line[-SHOWN_WIDTH // 2 :]}"

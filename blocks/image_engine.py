@@ -15,7 +15,7 @@ from blocks.errors import AuthError, ConfigError, ProviderError, QuotaError, Ser
 from blocks.image_build import DAEMON_HINT, LABEL_SOURCE
 from blocks.image_ref import ImageRef
 from blocks.registry_login import IDENTITY_TOKEN, Login
-from trainer.contract import ExitCode
+from trainer.errors import ExitCode
 
 OnPush = Callable[[int, int], None]  # bytes sent, of so many that the registry lacks
 DEFAULT_HOST = "unix:///var/run/docker.sock"
@@ -152,7 +152,7 @@ def told_plainly() -> Generator[None]:
     except (DockerException, RequestException) as exc:
         text = str(exc)
         if "no space left" in text.lower():
-            raise QuotaError("docker has no disk space left", hint="docker system prune, or a bigger disk") from exc
+            raise QuotaError("docker has no disk space left", hint="docker system prune, or a bigger disk; then again") from exc
         if isinstance(exc, RequestException) or "Error while fetching server API version" in text:
             raise TerminalError("the Docker daemon does not run", hint=DAEMON_HINT, code=ExitCode.UNAVAILABLE) from exc
         raise TerminalError(f"docker failed: {text}", hint="its own log tells why", code=ExitCode.UNAVAILABLE) from exc

@@ -1,20 +1,23 @@
 """What the trainer image is made of, and one hash over it. Nothing else of the project changes the image, or its tag.
 
 The hash covers the paths, contents and executable bits of the Dockerfile, its requirements, what docker is told to
-ignore, and the trainer's sources, and the build's arguments, the base among them. Never a time, nor what Python caches.
+ignore, and the trainer's sources, and the build's arguments, the base among them: by its digest alone where it has one, wherever it
+lies. Never a time, nor what Python caches.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from blocks.errors import ConfigError
-from blocks.job import canonical_json
 
 DOCKERFILE = "docker/trainer.Dockerfile"
 # Of the project's folder; a test holds them against what the Dockerfile copies.
@@ -60,8 +63,11 @@ def hash_source(source: BuildInput) -> str:
     if not (source.root / DOCKERFILE).is_file():
         raise ConfigError(f"there is no {DOCKERFILE} in {source.root}", hint="build in a clone of the project")
     files = [_describe(path, source.root) for path in list_sources(source.root)]
-    whole = {"files": files, "arguments": source.build_arguments(), "platform": source.platform}
-    return hashlib.sha256(canonical_json(whole).encode()).hexdigest()
+    arguments = source.build_arguments()
+    if "@sha256:" in (base := arguments.get("BASE_IMAGE", "")):
+        arguments["BASE_IMAGE"] = base.rpartition("@")[2]
+    whole = {"files": files, "arguments": arguments, "platform": source.platform}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 def _describe(path: Path, root: Path) -> tuple[str, bool, str]:
@@ -70,6 +76,20 @@ def _describe(path: Path, root: Path) -> tuple[str, bool, str]:
 
 def source_tag(source_hash: str) -> str:
     return f"src-{source_hash[:TAG_LENGTH]}"
+
+
+def find_revision(root: Path) -> str:
+    """The git commit that last changed what the image is made of, so that the same sources have the same one; empty where none is known."""
+    sources = ["--", *(f":(glob){pattern}" for pattern in SOURCES)]
+
+    def ask(*argv: str) -> str:
+        command = ["git", "-C", str(root), *argv, *sources]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    if shutil.which("git") is None or not (commit := ask("log", "-1", "--format=%H")):
+        return ""
+    return f"{commit}-dirty" if ask("status", "--porcelain") else commit
 
 
 def declared_arguments(dockerfile: str) -> set[str]:

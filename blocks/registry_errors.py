@@ -21,7 +21,9 @@ def explain_answer(registry: str, repository: str, action: str, response: httpx.
     told = f"{status}{f' {codes[0]}' if codes else ''}"
     place = f"{registry}/{repository}"
     if is_disk_full(status, response.content):
-        return QuotaError(f"the registry {registry} has no disk space left", hint="free space there, or push to another registry")
+        return QuotaError(
+            f"the registry {registry} has no disk space left", hint="free space there and repeat this: what it has is not sent again"
+        )
     if status == 401 and known:
         return AuthError(f"the registry {registry} refuses the user or the password", hint="mend registry_user and registry_password")
     if status == 401:

@@ -6,6 +6,9 @@ import gzip
 import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,17 @@ FROM ${BASE_IMAGE}
 ARG VERSION
 COPY docker/trainer-requirements.txt /requirements.txt
 COPY trainer /trainer
+"""
+# The command, for a project elsewhere; at its end the last line says what it had to import of what takes long.
+COMMAND = """
+import atexit, pathlib, sys
+root = pathlib.Path(sys.argv[1])
+import blocks.image as image
+image.find_root = lambda: root
+from flows.cli import main
+atexit.register(lambda: print("imported:", *({"docker", "prefect", "pydantic"} & set(sys.modules)), file=sys.stderr))
+sys.argv = ["trainyard", "image", "build", *sys.argv[2:]]
+main()
 """
 
 
@@ -120,3 +134,13 @@ def write_project(root: Path) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     return root
+
+
+def image_command(root: Path, *options: str) -> list[str]:
+    """`trainyard image build`, of that project."""
+    return [sys.executable, "-c", COMMAND, str(root), *options]
+
+
+def run_image_command(root: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = image_command(root, *options)
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False)

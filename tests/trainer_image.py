@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from blocks.image import EnsuredImage, ImageSettings, Told, ensure_image
+from blocks.image_source import BuildInput
 from tests.docker_engine import Engine
 from tests.stack import REPOSITORY
 
@@ -23,11 +25,11 @@ STRICT = ["--read-only", "--network", "none", "--tmpfs", "/tmp", "--cap-drop", "
 
 @dataclass(frozen=True)
 class TrainerImage:
-    """``reference`` is by digest. `built_id` is what the engine calls it."""
+    """``reference`` is by digest."""
 
     engine: Engine
     reference: str
-    built_id: str
+    made: EnsuredImage
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -49,23 +51,28 @@ def certificates(folder: Path) -> Path:
     return bundle
 
 
-def make_image(engine: Engine, context: Path, scratch: Path, tag: str) -> TrainerImage:
-    """Builds, pushes, and pulls by digest."""
-    name, seconds = f"{engine.registry.host}/{NAME}:{tag}", {}
-    options = ["--build-arg", f"BASE_IMAGE={engine.base}", "--build-arg", "VERSION=0", "--secret", f"id=ca,src={certificates(scratch)}"]
-    options += ["--network", "host", "--platform", "linux/amd64", "--file", str(context / "docker/trainer.Dockerfile"), "--tag", name]
-    began = time.monotonic()
-    engine.docker("build", *options, str(context))
-    seconds["build"] = time.monotonic() - began
-    began = time.monotonic()
-    engine.docker("push", "--quiet", name)
-    seconds["push"] = time.monotonic() - began
-    digest = engine.registry.digest(NAME, tag)
-    reference = f"{engine.registry.host}/{NAME}@{digest}"
-    began = time.monotonic()
-    engine.docker("pull", "--quiet", reference)
-    seconds["pull"] = time.monotonic() - began
-    return TrainerImage(engine, reference, engine.inspect(name)["Id"], seconds)
+def make_image(engine: Engine, context: Path, scratch: Path, *, host: str = "", force: bool = False) -> TrainerImage:
+    """Builds and pushes as `trainyard image build` does, and pulls by digest. `host` stands in for the registry's."""
+    host = host or engine.registry.host
+    base = engine.base.replace(engine.registry.host, host)
+    began, said, seconds = time.monotonic(), [], {}
+
+    def say(line: str) -> None:
+        said.append((line, time.monotonic()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        own = {"TRAINYARD_HOME": str(scratch / "home"), "SSL_CERT_FILE": str(certificates(scratch))}
+        for name, value in {**engine.environment, **own}.items():
+            patch.setenv(name, value)
+        target = ImageSettings(registry=host, repository=NAME)
+        made = ensure_image(BuildInput(context, base=base), [target], Told(say=say), force=force, network="host")
+    done = time.monotonic()
+    for line, at in said:
+        if line.startswith("built:"):
+            seconds |= {"build": at - began, "push": done - at}
+    engine.docker("pull", "--quiet", str(made.refs[0]))
+    seconds["pull"] = time.monotonic() - done
+    return TrainerImage(engine, str(made.refs[0]), made, seconds)
 
 
 def copy_sources(folder: Path) -> Path:
@@ -78,4 +85,5 @@ def copy_sources(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def trainer_image(docker_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> TrainerImage:
-    return make_image(docker_engine, REPOSITORY, tmp_path_factory.mktemp("image"), "current")
+    """Forced, so that a build shows it, whatever the registry has from earlier test runs."""
+    return make_image(docker_engine, REPOSITORY, tmp_path_factory.mktemp("image"), force=True)

@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
+from trainer.contract_version import CONTRACT_VERSION as CONTRACT_VERSION
 from trainer.errors import (
     EXIT_REASONS as EXIT_REASONS,
     ExitCode as ExitCode,
@@ -23,9 +24,6 @@ from trainer.errors import (
 )
 from trainer.files import ENV_HOME as ENV_HOME, utc_now as utc_now
 from trainer.records import STORED as STORED, StoredRecord as StoredRecord, UserInput as UserInput
-
-CONTRACT_VERSION = 3  # 2: datasets in a store; 3: results go to a store
-
 
 # --- What to train -----------------------------------------------------------------------------
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +19,7 @@ from blocks.image_source import BuildInput
 from blocks.registry_login import Identity
 from tests.docker_engine import Engine
 from tests.docker_registry import Registry, running_registry
-from tests.images import write_project
+from tests.images import run_image_command, write_project
 
 USER, PASSWORD = "builder", "hunter2-very-secret"
 
@@ -79,6 +76,19 @@ def test_built_once_pushed_once_copied_and_then_only_found(engine: Engine, guard
     engine.docker("rmi", "--force", found.id)
 
 
+def test_with_nothing_changed_the_command_says_so_within_two_seconds(engine: Engine, source: BuildInput) -> None:
+    options = ["--registry", engine.registry.host, "--repository", f"image-test/{uuid4().hex[:8]}"]
+    first = run_image_command(source.root, *options)
+    assert first.returncode == 0, first.stderr
+    assert ": built: no image of these sources" in first.stdout
+    started = time.monotonic()
+    again = run_image_command(source.root, *options)
+    assert time.monotonic() - started < 2
+    assert "nothing that it is made of has changed" in again.stdout
+    assert again.stdout.splitlines()[1:] == first.stdout.splitlines()[1:]
+    assert again.stderr == "imported:\n"
+
+
 def test_a_change_builds_anew_and_a_step_that_fails_is_told(engine: Engine, source: BuildInput) -> None:
     target = ImageSettings(registry=engine.registry.host, repository=f"image-test/{uuid4().hex[:8]}")
     before = ensure_image(source, [target], Told())
@@ -107,19 +117,14 @@ def test_a_wrong_password_is_told_before_the_build_and_none_is_shown(
 ) -> None:
     """By the command, whose password comes from the environment."""
     monkeypatch.setenv("TRAINYARD_REGISTRY_PASSWORD", "wrong-secret")
-    program = (
-        "import sys, pathlib; root = pathlib.Path(sys.argv[1]); import blocks.image as image; image.find_root = lambda: root;"
-        "from flows.cli import main; sys.argv = ['trainyard', *sys.argv[2:]]; main()"
-    )
-    options = ["image", "build", "--registry", guarded.host, "--user", USER]
-    command = [sys.executable, "-c", program, str(source.root), *options]
-    refused = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, check=False)
+    options = ["--registry", guarded.host, "--user", USER]
+    refused = run_image_command(source.root, *options)
     assert refused.returncode == 77, refused.stderr
     assert "refuses the user or the password" in refused.stderr
     assert "wrong-secret" not in refused.stderr
     assert "build 1/" not in refused.stderr
     monkeypatch.setenv("TRAINYARD_REGISTRY_PASSWORD", PASSWORD)
-    done = subprocess.run([*command, "--json"], env={**os.environ}, capture_output=True, text=True, check=False)
+    done = run_image_command(source.root, *options, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["refs"][0].startswith(f"{guarded.host}/trainyard-trainer@sha256:")
     assert PASSWORD not in done.stdout + done.stderr

@@ -34,19 +34,25 @@ def source(tmp_path: Path) -> BuildInput:
 
 
 def test_the_command_says_all_and_holds_no_secret(source: BuildInput, tmp_path: Path) -> None:
-    command = build_command(source, "f" * 64, "trainer:src-1", tmp_path / "id", ca_bundle="/etc/ca.pem", network="host")
+    command = build_command(source, "f" * 64, "trainer:src-1", tmp_path / "id", ca_bundle="/etc/ca.pem", network="host", revision="4f2")
     joined = " ".join(command)
     assert command[:2] == ["docker", "build"]
     assert command[-1] == str(source.root)
     for part in ("--platform linux/amd64", "--secret id=ca,src=/etc/ca.pem", "--network host", "--progress plain", "--iidfile"):
         assert part in joined
-    for part in ("BASE_IMAGE=python:3.11", "VARIANT=cpu", f"io.trainyard.source-hash={'f' * 64}"):
+    for part in (
+        "BASE_IMAGE=python:3.11",
+        "VARIANT=cpu",
+        f"io.trainyard.source-hash={'f' * 64}",
+        "--label org.opencontainers.image.revision=4f2",
+    ):
         assert part in joined
     # VERSION is an argument of this Dockerfile; SOURCE_HASH is not, and docker would warn of it.
     assert "--build-arg VERSION=" in joined
     assert "SOURCE_HASH" not in joined
     plain = build_command(BuildInput(source.root), "f" * 64, "trainer:src-1", tmp_path / "id")
     assert not {"--secret", "--network"} & set(plain)
+    assert "revision" not in " ".join(plain)
 
 
 def test_steps_are_read_from_what_buildkit_prints() -> None:
@@ -63,6 +69,7 @@ def test_steps_are_read_from_what_buildkit_prints() -> None:
         (FAILED.format(cause="ERROR: [Errno 28] No space left on device"), ExitCode.DISK_FULL, "no disk space"),
         (FAILED.format(cause="SSLError: CERTIFICATE_VERIFY_FAILED"), ExitCode.CONFIG, "SSL_CERT_FILE"),
         (FAILED.format(cause="Temporary failure in name resolution"), ExitCode.UNAVAILABLE, "--network host"),
+        (f"executor failed running [{'x' * 400}]: network bridge not found", ExitCode.UNAVAILABLE, "xxx]: network bridge not found"),
         (
             "#2 [internal] load metadata for x\n#2 ERROR: x: not found\nerror: failed to solve: x: failed to resolve source metadata",
             ExitCode.CONFIG,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -11,7 +12,16 @@ import pytest
 from blocks import image_source
 from blocks.errors import ConfigError
 from blocks.image_ref import ImageRef, is_loopback
-from blocks.image_source import BuildInput, copied_paths, declared_arguments, find_root, hash_source, list_sources, source_tag
+from blocks.image_source import (
+    BuildInput,
+    copied_paths,
+    declared_arguments,
+    find_revision,
+    find_root,
+    hash_source,
+    list_sources,
+    source_tag,
+)
 from tests.images import DOCKERFILE, write_project
 
 DIGEST = "sha256:" + "a" * 64
@@ -54,6 +64,43 @@ def test_names_modes_and_arguments_count(project: Path) -> None:
     hashes.add(hash_source(BuildInput(project)))
     assert len(hashes) == 6
     assert all(ImageRef.parse(f"localhost/x:{source_tag(one)}").tag == f"src-{one[:16]}" for one in hashes)
+
+
+def test_a_base_by_digest_counts_by_it_alone(project: Path) -> None:
+    """A mirror has the same one."""
+    bases = [
+        f"python@{DIGEST}",
+        f"mirror.example.com/python:3.12@{DIGEST}",
+        f"python@{DIGEST[:-1]}b",
+        "python:3.12",
+        "mirror.example.com/python:3.12",
+    ]
+    hashes = [hash_source(BuildInput(project, base=base)) for base in bases]
+    assert hashes[0] == hashes[1] == hash_source(BuildInput(project, arguments={"BASE_IMAGE": bases[0]}))
+    assert len(set(hashes)) == 4
+
+
+def test_the_revision_is_that_of_the_sources_alone(project: Path) -> None:
+    assert find_revision(project) == ""
+
+    def commit() -> str:
+        for argv in (["add", "--all"], ["-c", "user.name=t", "-c", "user.email=t@example.com", "commit", "--quiet", "--message", "x"]):
+            subprocess.run(["git", "-C", str(project), *argv], check=True)
+        return subprocess.run(["git", "-C", str(project), "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+    subprocess.run(["git", "init", "--quiet", str(project)], check=True)
+    assert find_revision(project) == "", "no commit yet"
+    first = commit()
+    (project / "flows/train.py").write_text("# another comment\n")
+    assert find_revision(project) == first
+    commit()
+    assert find_revision(project) == first
+    (project / "trainer/task.py").write_text("print('trains better')\n")
+    assert find_revision(project) == f"{first}-dirty"
+    second = commit()
+    assert find_revision(project) == second != first
+    (project / "trainer/new.py").write_text("")
+    assert find_revision(project) == f"{second}-dirty"
 
 
 def test_where_there_are_no_sources_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
