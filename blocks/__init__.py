@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # name -> "module:Class"; a module is imported when its provider is asked for.
 PROVIDERS: dict[str, str] = {
     "local": "blocks.providers.local_process:LocalProvider",
+    "kubernetes": "blocks.providers.kubernetes_job:KubernetesProvider",
 }
 
 

@@ -29,6 +29,7 @@ from blocks.job import (
     JobStatus,
     LogBatch,
     Plan,
+    Price,
     Problem,
     Result,
     canonical_json,
@@ -111,7 +112,7 @@ class Provider(ABC, Generic[Settings]):
         """Pure given the price table. Raises ConfigError with all problems of `validate`."""
         self.require_valid(spec)
         request, instance_type, region = self._build(spec)
-        price = lookup_price(self.NAME, instance_type, region)
+        price = self._price(spec, instance_type, region)
         worst_case = cost_usd(price, spec.resources.nodes, spec.max_runtime_seconds)
         if spec.max_cost_usd is not None and worst_case is not None and worst_case > spec.max_cost_usd:
             raise ConfigError(
@@ -264,6 +265,10 @@ class Provider(ABC, Generic[Settings]):
     @abstractmethod
     def _build(self, spec: JobSpec) -> tuple[dict[str, JsonValue], str, str]:
         """Pure: the native request, the instance type and the region."""
+
+    def _price(self, spec: JobSpec, instance_type: str, region: str) -> Price | None:
+        """Pure: that of the table, where the settings know no other."""
+        return lookup_price(self.NAME, instance_type, region)
 
     def _identity(self, request: dict[str, JsonValue]) -> dict[str, JsonValue]:
         """Pure: the request without what changes from submission to submission."""

@@ -1,0 +1,377 @@
+"""Kubernetes as a provider: an attempt is a batch/v1 Job, on any cluster.
+
+Idempotency: the Job's name, `ty-<run>-<attempt>`. Before it is created, a note in the attempt's folder says so; a Job that is no
+longer there although the note is old, or although the trainer has written, was removed (by its time to live, or by hand) and is
+never created again. Cancel suspends the Job, and deletes it once no pod is left.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar, cast
+from urllib.parse import quote
+
+from pydantic import AwareDatetime, JsonValue
+
+from blocks.errors import ConfigError, JobNotFound, ProviderError
+from blocks.job import Capabilities, CheckReport, JobRef, JobSpec, JobStatus, LogBatch, Plan, Price, Problem, seconds_between
+from blocks.naming import job_name
+from blocks.provider import AlreadyExists, Provider
+from blocks.providers.kubernetes_check import Check
+from blocks.providers.kubernetes_client import MERGE_PATCH, ApiError, Cluster, NoAnswer, translate
+from blocks.providers.kubernetes_logs import BATCH_BYTES, LogCursor, place_in_log, pods_to_read, read_pod
+from blocks.providers.kubernetes_objects import Object, by_age, child, children, is_alive, is_over, time_at, word
+from blocks.providers.kubernetes_request import (
+    CANCELLED_AT,
+    FINGERPRINT,
+    NAME,
+    OUTPUT,
+    OWN_PREFIX,
+    build_request,
+    find_price,
+    with_fingerprint,
+    without_volatile,
+)
+from blocks.providers.kubernetes_settings import KubernetesSettings
+from blocks.providers.kubernetes_status import Native, parse_status, status_of_vanished
+from trainer.contract import AttemptLayout, ExitRecord, Progress, StoredRecord, TrainJob, UserInput, utc_now
+from trainer.storage import ObjectFolder
+
+Record = TypeVar("Record", bound=StoredRecord)
+SUBMISSION = "submission.json"
+PAGE = "500"
+
+
+class Submission(StoredRecord):
+    """``submission.json`` of an attempt: a Job of this name is about to be created, once."""
+
+    name: str
+    namespace: str
+    fingerprint: str
+    keep_seconds: int
+    usd_per_hour: float | None = None
+    created_at: AwareDatetime
+
+
+class KubernetesProvider(Provider[KubernetesSettings]):
+    NAME: ClassVar[str] = NAME
+    SETTINGS: ClassVar[type[UserInput]] = KubernetesSettings
+    CAPABILITIES: ClassVar[Capabilities] = Capabilities(
+        spot=True, nodes=1, needs_image=True, max_runtime_seconds=28 * 86_400, poll_seconds=(2.0, 30.0)
+    )
+
+    @cached_property
+    def cluster(self) -> Cluster:
+        return Cluster(self.settings)
+
+    def objects(self, uri: str) -> ObjectFolder:
+        return ObjectFolder(uri)
+
+    def check(self, output_uri: str = "") -> CheckReport:
+        return Check(self.cluster, self.settings).report()
+
+    def check_plan(self, plan: Plan) -> None:
+        """Has the API server look at the Job without creating it: schema, rights, quota, admission. Raises as `submit` would."""
+        with self._translated(plan.spec.run_id):
+            self.cluster.call("POST", self._jobs, body=with_fingerprint(plan.request, plan.fingerprint), query={"dryRun": "All", **STRICT})
+
+    def poll(self, ref: JobRef) -> JobStatus:
+        with self._translated(ref.run_id):
+            objects = self.objects(ref.output_uri)
+            job = self._get_job(ref.native_id, ref.scope)
+            if job is None or (job["metadata"].get("deletionTimestamp") and not self._pods(ref.native_id, ref.scope)):
+                return self._vanished(ref, objects)
+            return parse_status(self._look(job, objects))
+
+    def list_jobs(self) -> Iterator[tuple[JobRef, JobStatus]]:
+        """Two requests per 500 jobs, and two small objects of each."""
+        with self._translated():
+            pods: dict[str, list[Object]] = {}
+            for pod in self._list(f"/api/v1/namespaces/{self.settings.namespace}/pods", MANAGED):
+                pods.setdefault(word(pod, "metadata", "labels", "batch.kubernetes.io/job-name"), []).append(pod)
+            for job in self._list(self._jobs, MANAGED):
+                ref = parse_ref(job, self.cluster.host)
+                if ref is not None:
+                    yield ref, parse_status(self._look(job, self.objects(ref.output_uri), pods.get(ref.native_id, [])))
+
+    def logs(self, ref: JobRef, cursor: str = "") -> LogBatch:
+        place = LogCursor.parse(cursor)
+        with self._translated(ref.run_id):
+            # Asked before reading: lines written in between belong to the next batch.
+            ended = self._has_ended(ref)
+            if place.offset is None:
+                for pod in pods_to_read(self._pods(ref.native_id, ref.scope), place):
+                    lines, place, more = self._read_log(pod, ref.scope, place)
+                    if lines or more:
+                        return LogBatch(lines=lines, cursor=str(place), ended=False)
+                    if is_alive(pod) and not ended:
+                        return LogBatch(lines=(), cursor=str(place), ended=False)
+            if not ended:
+                return LogBatch(lines=(), cursor=str(place), ended=False)
+            return self._read_object_log(ref, place)
+
+    def cancel(self, ref: JobRef) -> None:
+        """Suspends the Job: its pods get TERM, and save. Repeated when no pod is left, it deletes the Job."""
+        with self._translated(ref.run_id):
+            job = self._get_job(ref.native_id, ref.scope)
+            if job is None or job["metadata"].get("deletionTimestamp"):
+                return
+            if CANCELLED_AT in child(job, "metadata", "annotations") or is_over(job):
+                if not self._pods_alive(job, ref):
+                    self._delete(ref)
+                return
+            self.objects(ref.output_uri).create(AttemptLayout.STOP, utc_now().isoformat().encode())
+            now = utc_now().isoformat(timespec="seconds")
+            body = {"metadata": {"annotations": {CANCELLED_AT: now}}, "spec": {"suspend": True}}
+            self._tolerate_missing("PATCH", self._job_path(ref.native_id, ref.scope), body=body, content_type=MERGE_PATCH)
+
+    # --- For the base class ---------------------------------------------------------------------------
+
+    def _validate(self, spec: JobSpec) -> tuple[Problem, ...]:
+        problems: list[Problem] = []
+        if spec.resources.region:
+            hint = "leave region empty; an instance class chooses nodes"
+            problems.append(Problem(field="resources.region", message="a cluster has no regions to choose", hint=hint))
+        try:
+            build_request(spec, self.settings)
+        except ConfigError as exc:
+            problems.append(Problem(field="resources", message=exc.message, hint=exc.hint))
+        for name, reference in spec.secrets.items():
+            if not reference.partition("/")[0]:
+                problems.append(Problem(field=f"secrets.{name}", message="names no Secret", hint="write secret/key"))
+        return tuple(problems)
+
+    def _warnings(self, spec: JobSpec) -> tuple[str, ...]:
+        warnings: list[str] = []
+        if not self.settings.verify_ssl:
+            warnings.append("the API server's certificate is not checked (verify_ssl is off)")
+        if self.settings.credentials.startswith("kubernetes-cluster-config/"):
+            warnings.append(
+                "a KubernetesClusterConfig block keeps its tokens in a plain field; the profile's own kubeconfig field does not"
+            )
+        return tuple(warnings)
+
+    def _build(self, spec: JobSpec) -> tuple[dict[str, JsonValue], str, str]:
+        request, instance_class = build_request(spec, self.settings)
+        return request, instance_class, self.settings.namespace
+
+    def _price(self, spec: JobSpec, instance_type: str, region: str) -> Price | None:
+        return find_price(self.settings, instance_type, spot=spec.resources.spot)
+
+    def _identity(self, request: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        return without_volatile(request)
+
+    def _find(self, plan: Plan) -> JobRef | None:
+        spec = plan.spec
+        name, namespace = job_name(spec.run_id, spec.attempt), self.settings.namespace
+        job = self._get_job(name, namespace)
+        if job is not None:
+            return parse_ref(job, self.cluster.host) or _stranger(job)
+        objects = self.objects(spec.attempt_uri)
+        note = read_submission(objects)
+        if note is None or not self._was_removed(note, objects):
+            return None
+        return _ref(spec.run_id, spec.attempt, name, namespace, spec.attempt_uri, note.fingerprint, note.created_at, self.cluster.host)
+
+    def _create(self, plan: Plan) -> JobRef:
+        spec = plan.spec
+        objects = self.objects(spec.attempt_uri)
+        config = TrainJob.model_validate({**cast("Object", plan.request["config"]), "fingerprint": plan.fingerprint})
+        objects.put(AttemptLayout.CONFIG, config.model_dump_json(indent=1, exclude_none=True).encode())
+        note = Submission(
+            name=job_name(spec.run_id, spec.attempt),
+            namespace=self.settings.namespace,
+            fingerprint=plan.fingerprint,
+            keep_seconds=self.settings.keep_seconds,
+            usd_per_hour=plan.price.usd_per_hour if plan.price is not None else None,
+            created_at=utc_now(),
+        )
+        objects.create(SUBMISSION, note.model_dump_json(indent=1).encode())
+        try:
+            job = self.cluster.call("POST", self._jobs, body=with_fingerprint(plan.request, plan.fingerprint), query=STRICT)
+        except ApiError as exc:
+            if (exc.status == 409 and exc.reason == "AlreadyExists") or exc.status >= 500:
+                raise AlreadyExists(exc.message) from exc
+            raise
+        except NoAnswer as exc:
+            if exc.unsent:
+                raise
+            raise AlreadyExists(f"the API server's answer was lost ({exc})") from exc
+        return parse_ref(job, self.cluster.host) or _stranger(job)
+
+    def _translate(self, exc: Exception) -> ProviderError | None:
+        return translate(exc, self.settings)
+
+    # --- The world ------------------------------------------------------------------------------------
+
+    @property
+    def _jobs(self) -> str:
+        return f"/apis/batch/v1/namespaces/{self.settings.namespace}/jobs"
+
+    def _job_path(self, name: str, namespace: str) -> str:
+        return f"/apis/batch/v1/namespaces/{namespace or self.settings.namespace}/jobs/{quote(name)}"
+
+    def _get_job(self, name: str, namespace: str) -> Object | None:
+        return self._tolerate_missing("GET", self._job_path(name, namespace))
+
+    def _tolerate_missing(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            return self.cluster.call(method, path, **options)
+        except ApiError as exc:
+            if exc.status == 404:
+                return None
+            raise
+
+    def _list(self, path: str, selector: str) -> Iterator[Object]:
+        going_on = ""
+        while True:
+            query = {"labelSelector": selector, "limit": PAGE, **({"continue": going_on} if going_on else {})}
+            page = self.cluster.call("GET", path, query=query)
+            yield from children(page, "items")
+            going_on = word(page, "metadata", "continue")
+            if not going_on:
+                return
+
+    def _pods(self, job: str, namespace: str) -> list[Object]:
+        path = f"/api/v1/namespaces/{namespace or self.settings.namespace}/pods"
+        return by_age(list(self._list(path, f"batch.kubernetes.io/job-name={job}")))
+
+    def _events(self, namespace: str, names: list[str]) -> list[Object]:
+        """What the cluster said of these objects, oldest first; nothing where that may not be read."""
+        found: list[Object] = []
+        for name in names:
+            try:
+                answer = self.cluster.call(
+                    "GET", f"/api/v1/namespaces/{namespace}/events", query={"fieldSelector": f"involvedObject.name={name}", "limit": PAGE}
+                )
+            except ApiError as exc:
+                if exc.status == 403:
+                    return []
+                raise
+            found += children(answer, "items")
+        return sorted(found, key=lambda event: word(event, "lastTimestamp") or word(event, "eventTime"))
+
+    def _look(self, job: Object, objects: ObjectFolder, pods: list[Object] | None = None) -> Native:
+        name, namespace = job["metadata"]["name"], job["metadata"]["namespace"]
+        known = self._pods(name, namespace) if pods is None else by_age(pods)
+        pending = [pod["metadata"]["name"] for pod in known if word(pod, "status", "phase") == "Pending"]
+        waits = not is_over(job) and not job["spec"].get("suspend") and (not known or bool(pending))
+        return Native(
+            job=job,
+            pods=known,
+            events=self._events(namespace, pending or [name]) if waits else [],
+            progress=read_record(objects, AttemptLayout.PROGRESS, Progress),
+            ended=read_record(objects, AttemptLayout.EXIT, ExitRecord),
+            now=utc_now(),
+        )
+
+    def _vanished(self, ref: JobRef, objects: ObjectFolder) -> JobStatus:
+        note = read_submission(objects)
+        status = status_of_vanished(
+            read_record(objects, AttemptLayout.EXIT, ExitRecord),
+            read_record(objects, AttemptLayout.PROGRESS, Progress),
+            stopped=objects.get(AttemptLayout.STOP) is not None,
+            price=note.usd_per_hour if note is not None else None,
+        )
+        if status is None:
+            raise JobNotFound(
+                f"namespace {ref.scope} has no Job {ref.native_id}, and it left no word of its end",
+                hint="it was deleted, or its time to live ended; the run goes on from its last checkpoint in a new attempt",
+            )
+        return status
+
+    def _was_removed(self, note: Submission, objects: ObjectFolder) -> bool:
+        """Whether a Job that is not there has been: its trainer wrote, or its time to live may have ended."""
+        written = any(objects.get(name) is not None for name in (AttemptLayout.EXIT, AttemptLayout.PROGRESS, AttemptLayout.STOP))
+        return written or seconds_between(note.created_at, utc_now()) >= note.keep_seconds
+
+    def _has_ended(self, ref: JobRef) -> bool:
+        job = self._get_job(ref.native_id, ref.scope)
+        if job is None:
+            return True
+        stopped = CANCELLED_AT in child(job, "metadata", "annotations")
+        return is_over(job) or (stopped and not self._pods_alive(job, ref))
+
+    def _pods_alive(self, job: Object, ref: JobRef) -> bool:
+        status = child(job, "status")
+        if status.get("active") or status.get("terminating"):
+            return True
+        return any(map(is_alive, self._pods(ref.native_id, ref.scope)))
+
+    def _delete(self, ref: JobRef) -> None:
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
+        self._tolerate_missing("DELETE", self._job_path(ref.native_id, ref.scope), body=body)
+
+    def _read_log(self, pod: Object, namespace: str, place: LogCursor) -> tuple[tuple[str, ...], LogCursor, bool]:
+        metadata = pod["metadata"]
+        path = f"/api/v1/namespaces/{namespace or self.settings.namespace}/pods/{metadata['name']}/log"
+
+        def fetch(query: dict[str, str]) -> bytes:
+            try:
+                return self.cluster.read("GET", path, query=query)
+            except ApiError as exc:
+                # No container yet, its node does not answer, or the pod is gone: there is nothing to read.
+                if exc.status in (400, 404, 500, 502, 503, 504):
+                    return b""
+                raise
+
+        return read_pod(fetch, metadata["uid"], place)
+
+    def _read_object_log(self, ref: JobRef, place: LogCursor) -> LogBatch:
+        """What the pods no longer tell: the log that the trainer kept in the bucket."""
+        text = self.objects(ref.output_uri).get(AttemptLayout.LOG) or b""
+        offset = place_in_log(text, place) if place.offset is None else place.offset
+        data = text[offset : offset + BATCH_BYTES]
+        more = offset + len(data) < len(text)
+        whole = data[: data.rfind(b"\n") + 1] or data if more else data
+        going_on = place.model_copy(update={"offset": offset + len(whole)})
+        return LogBatch(lines=tuple(whole.decode(errors="replace").splitlines()), cursor=str(going_on), ended=not more)
+
+
+MANAGED = "app.kubernetes.io/managed-by=trainyard"
+STRICT = {"fieldValidation": "Strict"}
+
+
+# --- Pure ----------------------------------------------------------------------------------------------
+
+
+def parse_ref(job: Object, host: str) -> JobRef | None:
+    """Where a Job of ours is; None for another's."""
+    metadata = job["metadata"]
+    annotations = child(metadata, "annotations")
+    run_id, attempt = (word(metadata, "labels", f"{OWN_PREFIX}{name}") for name in ("run-id", "attempt"))
+    if not (run_id and attempt and OUTPUT in annotations and FINGERPRINT in annotations):
+        return None
+    created = time_at(metadata, "creationTimestamp") or utc_now()
+    return _ref(run_id, int(attempt), metadata["name"], metadata["namespace"], annotations[OUTPUT], annotations[FINGERPRINT], created, host)
+
+
+def _ref(run_id: str, attempt: int, name: str, namespace: str, output_uri: str, fingerprint: str, created: datetime, host: str) -> JobRef:
+    return JobRef(
+        provider=NAME,
+        native_id=name,
+        run_id=run_id,
+        attempt=attempt,
+        scope=namespace,
+        output_uri=output_uri,
+        fingerprint=fingerprint,
+        submitted_at=created,
+        console_url=f"{host}/apis/batch/v1/namespaces/{namespace}/jobs/{name}",
+    )
+
+
+def _stranger(job: Object) -> JobRef:
+    name = job["metadata"]["name"]
+    raise ConfigError(f"a Job {name} is there that Trainyard has not made", hint=f"kubectl delete job {name}, if nobody needs it")
+
+
+def read_submission(objects: ObjectFolder) -> Submission | None:
+    return read_record(objects, SUBMISSION, Submission)
+
+
+def read_record(objects: ObjectFolder, name: str, kind: type[Record]) -> Record | None:
+    data = objects.get(name)
+    return None if data is None else kind.model_validate(json.loads(data))

@@ -1,0 +1,255 @@
+"""Pure: what Job, pods and events of an attempt, and the trainer's own words in the bucket, say of its state.
+
+Sources: "Jobs" and "Pod Lifecycle" of Kubernetes 1.37; names of conditions and reasons from k8s.io/api v0.37. A word that is not
+known gives UNKNOWN, so that a newer server ends no run.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import NamedTuple
+
+from pydantic import BaseModel
+
+from blocks.job import FailureReason, JobState, JobStatus, seconds_between
+from blocks.providers.kubernetes_causes import (
+    Cause,
+    explain_end,
+    explain_events,
+    explain_job_failure,
+    explain_unschedulable,
+    explain_waiting,
+)
+from blocks.providers.kubernetes_objects import (
+    Object,
+    child,
+    children,
+    condition,
+    container_state,
+    is_alive,
+    number,
+    time_at,
+    true_conditions,
+    word,
+)
+from blocks.providers.kubernetes_request import CANCELLED_AT, INSTANCE, PRICE
+from trainer.contract import ExitRecord, Phase, Progress, utc_now
+
+CONDITIONS = frozenset({"Suspended", "FailureTarget", "SuccessCriteriaMet", "Complete", "Failed"})
+
+PHASE_STATES = {
+    Phase.QUEUED: JobState.STARTING,
+    Phase.PREPARING: JobState.STARTING,
+    Phase.TRAINING: JobState.RUNNING,
+    Phase.EVALUATING: JobState.RUNNING,
+    Phase.FINISHING: JobState.RUNNING,
+}
+
+
+class Native(NamedTuple):
+    """One look at an attempt."""
+
+    job: Object
+    pods: list[Object]  # oldest first
+    events: list[Object]  # oldest first; asked for only where a pod does not start
+    progress: Progress | None
+    ended: ExitRecord | None
+    now: datetime
+
+
+class View(BaseModel):
+    """State, the platform's word for it, and why."""
+
+    state: JobState
+    native: str
+    cause: Cause | None = None
+    message: str = ""
+
+
+def parse_status(native: Native) -> JobStatus:
+    view = look(native)
+    started, ended = find_times(native, terminal=view.state.is_terminal)
+    annotations = child(native.job, "metadata", "annotations")
+    price = word(annotations, PRICE)
+    record = native.ended if view.state.is_terminal else None
+    # The trainer's own word says more than the platform's, where both tell the same end.
+    tells = record is not None and record.exit_code != 0 and view.state is JobState.FAILED and _agrees(record, view.cause)
+    cause = Cause(record.reason or FailureReason.UNKNOWN, record.message, record.hint) if record is not None and tells else view.cause
+    return JobStatus(
+        state=view.state,
+        native_state=view.native,
+        reason=cause.reason if cause is not None else None,
+        message=cause.message if cause is not None else view.message,
+        hint=cause.hint if cause is not None else "",
+        exit_code=record.exit_code if record is not None else None,
+        restarts=max(0, count_pods(native) - 1),
+        progress=native.progress,
+        instance_type=word(annotations, INSTANCE),
+        cost_usd=None if not price else round(float(price) * (seconds_between(started, ended or native.now) if started else 0) / 3600, 4),
+        started_at=started,
+        ended_at=ended,
+        observed_at=native.now,
+    )
+
+
+def _agrees(record: ExitRecord, cause: Cause | None) -> bool:
+    """Whether the record is of the end that the platform tells; an earlier pod may have left it, or the pod was killed after it."""
+    return cause is None or cause.reason in (record.reason, FailureReason.UNKNOWN, FailureReason.USER_CODE, FailureReason.INFRASTRUCTURE)
+
+
+def look(native: Native) -> View:
+    conditions = true_conditions(native.job)
+    if "Complete" in conditions:
+        return View(state=JobState.SUCCEEDED, native="Complete")
+    cancelled = CANCELLED_AT in child(native.job, "metadata", "annotations")
+    if "Failed" in conditions:
+        if cancelled or (native.ended is not None and native.ended.cancelled):
+            return View(state=JobState.CANCELLED, native="Failed", message="stopped as asked")
+        failed = conditions["Failed"]
+        return View(state=JobState.FAILED, native=word(failed, "reason") or "Failed", cause=explain_job_failure(failed, native.pods))
+    if cancelled:
+        return _look_cancelled(native)
+    if native.job["spec"].get("suspend"):
+        return _look_suspended(native)
+    if "FailureTarget" in conditions:
+        return View(state=JobState.STOPPING, native="FailureTarget", cause=explain_job_failure(conditions["FailureTarget"], native.pods))
+    if "SuccessCriteriaMet" in conditions:
+        return View(state=JobState.RUNNING, native="SuccessCriteriaMet", message="done; the pod ends")
+    if strange := sorted(set(conditions) - CONDITIONS):
+        return View(state=JobState.UNKNOWN, native=strange[0], message=f"the Job is {strange[0]}, which this version does not know")
+    return look_at_pods(native)
+
+
+def _look_cancelled(native: Native) -> View:
+    status = child(native.job, "status")
+    if any(map(is_alive, native.pods)) or status.get("active") or status.get("terminating"):
+        return View(state=JobState.STOPPING, native="Suspended", message="asked to stop; saving")
+    if native.ended is not None and native.ended.exit_code == 0:
+        return View(state=JobState.SUCCEEDED, native="Suspended", message="it was done when it was asked to stop")
+    return View(state=JobState.CANCELLED, native="Suspended", message="stopped as asked")
+
+
+def _look_suspended(native: Native) -> View:
+    queue = word(native.job, "metadata", "labels", "kueue.x-k8s.io/queue-name")
+    if queue:
+        return View(state=JobState.QUEUED, native="Suspended", message=f"waits in the queue {queue}")
+    cause = Cause(FailureReason.CAPACITY, "somebody has suspended the Job", 'kubectl patch job NAME -p \'{"spec":{"suspend":false}}\'')
+    return View(state=JobState.QUEUED, native="Suspended", cause=cause)
+
+
+def look_at_pods(native: Native) -> View:
+    alive = [pod for pod in native.pods if is_alive(pod)]
+    if not alive:
+        ended = [pod for pod in native.pods if word(pod, "status", "phase") == "Failed"]
+        if ended:
+            cause = explain_end(ended[-1])
+            why = cause.message if cause is not None else "the pod failed"
+            return View(state=JobState.STARTING, native="Failed", message=f"a new pod follows: {why}")
+        if native.pods:
+            return View(state=JobState.RUNNING, native="Succeeded", message="done; the Job ends")
+        return View(state=JobState.QUEUED, native="Pending", cause=explain_events(native.events), message="the cluster makes the pod")
+    pod = alive[-1]
+    phase = word(pod, "status", "phase") or "Pending"
+    if pod["metadata"].get("deletionTimestamp"):
+        return _look_leaving(pod)
+    if phase == "Pending":
+        return look_pending(pod, native.events)
+    if phase == "Running":
+        return _look_running(native, pod)
+    if phase == "Unknown":
+        node = word(pod, "spec", "nodeName") or "its node"
+        cause = Cause(
+            FailureReason.INFRASTRUCTURE, f"{node} does not answer", f"kubectl get node {node}; delete the Node where the machine is gone"
+        )
+        return View(state=JobState.UNKNOWN, native="Unknown", cause=cause)
+    return View(state=JobState.UNKNOWN, native=phase, message=f"the pod is {phase}, which this version does not know")
+
+
+def _look_leaving(pod: Object) -> View:
+    """Being taken away; the Job starts another one when this one is known to have ended."""
+    node = word(pod, "spec", "nodeName") or "no node"
+    ready = condition(pod, "Ready")
+    disrupted = explain_end(pod)
+    why = f": {disrupted.message}" if disrupted is not None else ""
+    hint = f"where {node} is gone for good: kubectl delete node {node}   (until then no second trainer starts)"
+    cause = Cause(FailureReason.PREEMPTED, f"the pod on {node} is taken away; a new one follows when it has ended{why}", hint)
+    lost = ready.get("status") == "Unknown" or word(pod, "status", "reason") == "NodeLost"
+    return View(state=JobState.STARTING, native="NodeLost" if lost else "Terminating", cause=cause)
+
+
+def look_pending(pod: Object, events: list[Object]) -> View:
+    scheduled = condition(pod, "PodScheduled")
+    if scheduled.get("status") == "False":
+        reason = word(scheduled, "reason") or "Pending"
+        if reason == "SchedulingGated":
+            return View(state=JobState.QUEUED, native=reason, message="something holds the pod back: its scheduling gates")
+        return View(state=JobState.QUEUED, native=reason, cause=explain_unschedulable(word(scheduled, "message"), events))
+    for status in (*children(pod, "status", "initContainerStatuses"), *children(pod, "status", "containerStatuses")):
+        waiting = child(status, "state", "waiting")
+        cause = explain_waiting(word(waiting, "reason"), word(waiting, "message"), word(status, "image"))
+        if cause is not None:
+            return View(state=JobState.STARTING, native=word(waiting, "reason"), cause=cause)
+    node = word(pod, "spec", "nodeName")
+    if not node:
+        return View(state=JobState.QUEUED, native="Pending", message="waits for a node")
+    return View(
+        state=JobState.STARTING, native="ContainerCreating", cause=explain_events(events), message=f"{node} gets the image and volumes"
+    )
+
+
+def _look_running(native: Native, pod: Object) -> View:
+    progress = native.progress
+    restarted = count_pods(native) > 1
+    # What an earlier pod wrote is not this one's.
+    began = time_at(container_state(pod), "running", "startedAt")
+    if progress is None or (restarted and began is not None and progress.updated_at < began):
+        return View(state=JobState.STARTING, native="Running", message="the container has started")
+    return View(state=PHASE_STATES[progress.phase], native="Running", message=progress.message)
+
+
+# --- Times -----------------------------------------------------------------------------------------------
+
+
+def count_pods(native: Native) -> int:
+    """How many pods the Job has had, as far as it remembers: those it counts as failed may be gone."""
+    return max(len(native.pods), number(native.job, "status", "failed") + number(native.job, "status", "active"))
+
+
+def find_times(native: Native, *, terminal: bool) -> tuple[datetime | None, datetime | None]:
+    """From when a machine was held, until when. A pod's node is paid for from the moment that the pod is on it."""
+    began = [found for pod in native.pods if (found := time_at(pod, "status", "startTime"))]
+    started = min(began, default=None) or (native.ended.started_at if native.ended is not None else None)
+    if not terminal:
+        return started, None
+    over = [
+        time_at(native.job, "status", "completionTime"),
+        *(time_at(condition(native.job, kind), "lastTransitionTime") for kind in ("Failed", "Suspended")),
+        *(time_at(container_state(pod), "terminated", "finishedAt") for pod in native.pods),
+        native.ended.ended_at if native.ended is not None else None,
+    ]
+    known = [time for time in over if time is not None]
+    return started, max(known, default=native.now)
+
+
+def status_of_vanished(ended: ExitRecord | None, progress: Progress | None, *, stopped: bool, price: float | None) -> JobStatus | None:
+    """The state of a Job that the cluster no longer has, as the bucket tells it. None where it tells no end."""
+    if ended is not None:
+        state = JobState.SUCCEEDED if ended.exit_code == 0 else JobState.CANCELLED if ended.cancelled else JobState.FAILED
+        seconds = seconds_between(ended.started_at, ended.ended_at)
+        return JobStatus(
+            state=state,
+            native_state="removed",
+            reason=ended.reason,
+            message=ended.message,
+            hint=ended.hint,
+            exit_code=ended.exit_code,
+            progress=progress,
+            cost_usd=None if price is None else round(price * seconds / 3600, 4),
+            started_at=ended.started_at,
+            ended_at=ended.ended_at,
+        )
+    if stopped:
+        return JobStatus(
+            state=JobState.CANCELLED, native_state="removed", message="stopped as asked", progress=progress, ended_at=utc_now()
+        )
+    return None
