@@ -123,7 +123,7 @@ def stage_dataset(
     uri = profile.choose_store(request)
     access = profile.store_access(uri)
     # Images may lie in a bucket, and what is registered of them in a folder.
-    source = profile.store_access(request.dataset) if is_uri(request.dataset) and staged is None else None
+    source = profile.store_access(request.dataset) if is_uri(request.dataset) and not split_staged(request.dataset) else None
 
     def endpoint_of(place: str) -> str | None:
         try:
