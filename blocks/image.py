@@ -62,6 +62,21 @@ class ImageSettings:
 
 
 @dataclass(frozen=True)
+class BuildOptions:
+    """`force` builds although the image is there, `pull` besides on the base as its registry has it now. Without `build`, only what
+    was built before is brought."""
+
+    force: bool = False
+    pull: bool = False
+    build: bool = True
+    network: str = ""
+
+    @property
+    def anew(self) -> bool:
+        return self.force or self.pull
+
+
+@dataclass(frozen=True)
 class EnsuredImage:
     """`refs` by digest, one per registry; none where no registry was asked for."""
 
@@ -202,18 +217,13 @@ class _Place:
         self.repository.require_push()
 
 
-def ensure_image(
-    source: BuildInput, targets: Sequence[ImageSettings], told: Told, *, force: bool = False, build: bool = True, network: str = ""
-) -> EnsuredImage:
-    """Finds the image of the sources in every registry, or brings it there. Nothing is returned that a registry did not confirm.
-
-    `force` builds although it is there; without `build`, what was never built is an error.
-    """
+def ensure_image(source: BuildInput, targets: Sequence[ImageSettings], told: Told, how: BuildOptions = BuildOptions()) -> EnsuredImage:
+    """Finds the image of the sources in every registry, or brings it there. Nothing is returned that a registry did not confirm."""
     source_hash = hash_source(source)
     tag = source_tag(source_hash)
     with ExitStack() as stack:
         places = [_open_place(target, tag, stack) for target in targets]
-        found = [None] * len(places) if force else _find_everywhere(places, source_hash, source.platform)
+        found = [None] * len(places) if how.anew else _find_everywhere(places, source_hash, source.platform)
         if places and all(found):
             refs = tuple(place.ref.pinned(manifest.digest) for place, manifest in zip(places, found, strict=True) if manifest)
             if len({ref.digest for ref in refs}) == 1:
@@ -224,7 +234,7 @@ def ensure_image(
                 place.prepare(told)
         # One build of the same sources at a time on this machine; whoever waited finds it done.
         stack.enter_context(holding(home() / "images" / f"{tag}.lock", lambda who: told.say(f"waiting for {who}, which builds it")))
-        return _bring(source, source_hash, places, found, told, force=force, build=build, network=network)
+        return _bring(source, source_hash, places, found, told, how)
 
 
 def _open_place(settings: ImageSettings, tag: str, stack: ExitStack) -> _Place:
@@ -248,16 +258,13 @@ def _bring(
     places: Sequence[_Place],
     found: Sequence[Manifest | None],
     told: Told,
-    *,
-    force: bool,
-    build: bool,
-    network: str,
+    how: BuildOptions,
 ) -> EnsuredImage:
     tag = source_tag(source_hash)
     first = next((number for number, manifest in enumerate(found) if manifest), None)
     built, why, image_id, sent = False, "not built: another registry has it", "", [0]
     if first is None or not places:
-        image, built, why = _find_or_build(source, source_hash, told, force=force, build=build, network=network)
+        image, built, why = _find_or_build(source, source_hash, told, how)
         told.say(why)
         image_id, first = image.id, 0
         if not places:
@@ -280,20 +287,18 @@ def _bring(
     return EnsuredImage(tuple(refs), tag, why, built, sent_bytes=sent[0], image_id=image_id)
 
 
-def _find_or_build(
-    source: BuildInput, source_hash: str, told: Told, *, force: bool, build: bool, network: str
-) -> tuple[LocalImage, bool, str]:
+def _find_or_build(source: BuildInput, source_hash: str, told: Told, how: BuildOptions) -> tuple[LocalImage, bool, str]:
     tag = source_tag(source_hash)
     with connect() as engine:
-        image = None if force else engine.find(source_hash, source.platform)
+        image = None if how.anew else engine.find(source_hash, source.platform)
     if image is not None:
         return image, False, f"not built: docker here has {tag}, and nothing that it is made of has changed"
-    if not build:
+    if not how.build:
         raise ConfigError(f"the image {tag} of these sources was not built here", hint="trainyard image build --registry ...")
-    reason = "asked to" if force else f"no image of these sources ({tag}) is in the registry or in docker here"
+    reason = "asked to" if how.anew else f"no image of these sources ({tag}) is in the registry or in docker here"
     told.say(f"building: {reason}")
     name = f"{DEFAULT_REPOSITORY}:{tag}"
-    image_id = run_build(source, source_hash, name, told.step, network=network)
+    image_id = run_build(source, source_hash, name, told.step, network=how.network, pull=how.pull)
     return LocalImage(image_id, (name,), 0, "", source.platform, source_hash), True, f"built: {reason}"
 
 

@@ -56,7 +56,15 @@ def image_labels(source_hash: str, revision: str = "") -> dict[str, str]:
 
 
 def build_command(
-    source: BuildInput, source_hash: str, name: str, id_file: Path, *, ca_bundle: str = "", network: str = "", revision: str = ""
+    source: BuildInput,
+    source_hash: str,
+    name: str,
+    id_file: Path,
+    *,
+    ca_bundle: str = "",
+    network: str = "",
+    revision: str = "",
+    pull: bool = False,
 ) -> list[str]:
     """Pure but for the Dockerfile, whose own label arguments are filled where it takes them."""
     command = ["docker", "build", "--file", str(source.root / DOCKERFILE), "--tag", name, "--iidfile", str(id_file)]
@@ -73,6 +81,8 @@ def build_command(
         command += ["--secret", f"id=ca,src={ca_bundle}"]
     if network:
         command += ["--network", network]
+    if pull:
+        command.append("--pull")
     return [*command, str(source.root)]
 
 
@@ -89,15 +99,15 @@ def parse_step(line: str) -> BuildStep | None:
     return BuildStep(int(found["number"]), int(found["count"]), found["what"], found["stage"] or "") if found else None
 
 
-def run_build(source: BuildInput, source_hash: str, name: str, on_step: OnStep, *, network: str = "") -> str:
+def run_build(source: BuildInput, source_hash: str, name: str, on_step: OnStep, *, network: str = "", pull: bool = False) -> str:
     """Builds, and returns the image's id. Raises ConfigError with the last lines that matter where a step fails."""
     if shutil.which("docker") is None:
         raise TerminalError("docker is not installed here", hint=INSTALL_HINT, code=ExitCode.UNAVAILABLE)
     environment = {**os.environ, "DOCKER_BUILDKIT": "1", "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}  # one manifest, no index around it
     with tempfile.TemporaryDirectory() as folder:
         id_file = Path(folder) / "id"
-        revision = find_revision(source.root)
-        command = build_command(source, source_hash, name, id_file, ca_bundle=host_ca_bundle(), network=network, revision=revision)
+        told = {"ca_bundle": host_ca_bundle(), "network": network, "revision": find_revision(source.root)}
+        command = build_command(source, source_hash, name, id_file, **told, pull=pull)
         with subprocess.Popen(
             command,
             env=environment,

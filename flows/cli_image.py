@@ -13,7 +13,7 @@ import click
 from flows.cli_lazy import LazyGroup
 
 if TYPE_CHECKING:
-    from blocks.image import EnsuredImage, ImageSettings, Told
+    from blocks.image import BuildOptions, EnsuredImage, ImageSettings, Told
 
 COMMANDS = {
     "build": ("flows.cli_image", "Build the trainer image where its sources are new, and push it."),
@@ -51,12 +51,16 @@ def image() -> None:
 @click.command()
 @image_options
 @click.option("--force", is_flag=True, help="Build although the image is there.")
+@click.option("--pull", is_flag=True, help="The same, on the base as its registry has it now: for a base by tag, which may have moved.")
 @click.option(
     "--network", type=click.Choice(["default", "host", "none"]), default="default", show_default=True, help="Of the build's steps."
 )
-def build(network: str, force: bool, as_json: bool, **options: Any) -> None:
+def build(network: str, force: bool, pull: bool, as_json: bool, **options: Any) -> None:
     """Build the trainer image where its sources are new, and push it to every --registry, under one digest."""
-    tell_ensured(bring(options, force=force, network="" if network == "default" else network), as_json)
+    from blocks.image import BuildOptions
+
+    how = BuildOptions(force=force, pull=pull, network="" if network == "default" else network)
+    tell_ensured(bring(options, how), as_json)
 
 
 @click.command()
@@ -65,16 +69,18 @@ def push(as_json: bool, **options: Any) -> None:
     """Push the image that was built here of these sources."""
     if not (options["registries"] or options["profile"]):
         raise click.UsageError("give --registry or --profile: where to push to")
-    tell_ensured(bring(options, build=False), as_json)
+    from blocks.image import BuildOptions
+
+    tell_ensured(bring(options, BuildOptions(build=False)), as_json)
 
 
-def bring(options: dict[str, Any], *, force: bool = False, build: bool = True, network: str = "") -> EnsuredImage:
+def bring(options: dict[str, Any], how: BuildOptions) -> EnsuredImage:
     from blocks.image import ensure_image
 
     targets = read_targets(options)
     source = dataclasses.replace(targets[0].source(), arguments=dict(map(read_argument, options["arguments"])))
     with_registry = [target for target in targets if target.registry]
-    return ensure_image(source, with_registry, make_told(), force=force, build=build, network=network)
+    return ensure_image(source, with_registry, make_told(), how)
 
 
 @click.command(name="list")
@@ -145,9 +151,13 @@ def read_profile(name: str) -> ImageSettings:
 
 
 def read_argument(text: str) -> tuple[str, str]:
+    from blocks.image_build import USER_IN_URL
+
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise click.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--build-arg")
+    if USER_IN_URL.search(value):
+        raise click.BadParameter(f"{name} holds a user or password, and would stay in the image for all to read", param_hint="--build-arg")
     return name, value
 
 

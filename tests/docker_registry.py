@@ -107,8 +107,8 @@ def found_registry(folder: Path) -> Registry | None:
 
 
 @contextmanager
-def running_registry(folder: Path, *, users: Mapping[str, str] | None = None) -> Iterator[Registry]:
-    registry = start_registry(folder, users=users)
+def running_registry(folder: Path, *, users: Mapping[str, str] | None = None, storage: Path | None = None) -> Iterator[Registry]:
+    registry = start_registry(folder, users=users, storage=storage)
     try:
         yield registry
     finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from blocks.image import EnsuredImage, ImageSettings, Told, ensure_image
+from blocks.image import BuildOptions, EnsuredImage, ImageSettings, Told, ensure_image
 from blocks.image_source import BuildInput
 from tests.docker_engine import Engine
 from tests.stack import REPOSITORY
@@ -65,7 +65,7 @@ def make_image(engine: Engine, context: Path, scratch: Path, *, host: str = "", 
         for name, value in {**engine.environment, **own}.items():
             patch.setenv(name, value)
         target = ImageSettings(registry=host, repository=NAME)
-        made = ensure_image(BuildInput(context, base=base), [target], Told(say=say), force=force, network="host")
+        made = ensure_image(BuildInput(context, base=base), [target], Told(say=say), BuildOptions(force=force, network="host"))
     done = time.monotonic()
     for line, at in said:
         if line.startswith("built:"):

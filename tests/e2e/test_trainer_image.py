@@ -49,12 +49,16 @@ def test_it_says_what_it_is(trainer_image: TrainerImage) -> None:
 
 
 def test_no_layer_holds_what_has_no_place_in_it(trainer_image: TrainerImage) -> None:
-    """The base is whoever's image the user names; what we add is ours."""
+    """The base is whoever's image the user names, and is searched for secrets alone; what we add is ours."""
     base, dependencies, *rest = unpacked_layers(trainer_image.engine, trainer_image.reference)
     assert (base / "usr/bin/python3").exists()
     assert any((dependencies / "opt/trainer/lib").glob("python3*/site-packages/torch"))
     secrets = [SECRET.encode()]
     assert [finding for layer in (dependencies, *rest) for finding in scan_layer(layer, secrets)] == []
+    assert [found for found in scan_layer(base, secrets) if found.why == "holds a secret"] == []
+    history = trainer_image.engine.docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", trainer_image.reference).stdout
+    assert "COPY" in history
+    assert SECRET not in history
     code = rest[-1]
     assert [path.name for path in code.iterdir()] == ["app"]
     assert [path.name for path in (code / "app").iterdir()] == ["trainer"]

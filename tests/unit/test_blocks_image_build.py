@@ -52,7 +52,8 @@ def test_the_command_says_all_and_holds_no_secret(source: BuildInput, tmp_path: 
     assert "SOURCE_HASH" not in joined
     plain = build_command(BuildInput(source.root), "f" * 64, "trainer:src-1", tmp_path / "id")
     assert not {"--secret", "--network"} & set(plain)
-    assert "revision" not in " ".join(plain)
+    assert not any(word in " ".join(plain) for word in ("revision", "--pull"))
+    assert "--pull" in build_command(source, "f" * 64, "trainer:src-1", tmp_path / "id", pull=True)
 
 
 def test_steps_are_read_from_what_buildkit_prints() -> None:

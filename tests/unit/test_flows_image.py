@@ -149,3 +149,6 @@ def test_options_of_the_command_become_one_target_for_each_registry(monkeypatch:
     assert read_argument("VARIANT=cpu=1") == ("VARIANT", "cpu=1")
     with pytest.raises(Exception, match="NAME=VALUE"):
         read_argument("VARIANT")
+    with pytest.raises(Exception, match="TORCH_INDEX holds a user or password") as refused:
+        read_argument("TORCH_INDEX=https://me:hunter2@packages.example.com/simple")
+    assert "hunter2" not in str(refused.value)
