@@ -61,14 +61,20 @@ def dataset_name(dataset: str) -> str:
     return staged[1] if staged else unquote(parts.path.rstrip("/").rsplit("/", 1)[-1]) or parts.netloc
 
 
-def stage_index(index: DatasetIndex, store: StoreChoice, index_uri: str, on_counts: OnCounts | None = None) -> tuple[DatasetRef, Staged]:
+def stage_index(
+    index: DatasetIndex,
+    store: StoreChoice,
+    index_uri: str,
+    on_counts: OnCounts | None = None,
+    on_silence: Callable[[str], None] | None = None,
+) -> tuple[DatasetRef, Staged]:
     """Brings the files that an index names to the store, and only them: the version there is the index's.
 
     Raises what `stage_folder` raises, and TrainerError (DATA) where the files are not what they were when they were checked.
     """
     paths = sorted({file.path for file in (*index.images, *index.label_files)})
     name = f"{index.name[:80]}{SUFFIX}" if NAME.fullmatch(index.name[:80]) else f"dataset{SUFFIX}"
-    staged = stage_folder(Path(index.root), store.uri, name, on_counts, only=paths)
+    staged = stage_folder(Path(index.root), store.uri, name, on_counts, only=paths, on_silence=on_silence)
     if staged.version != index.version:
         raise TrainerError(
             f"{index.root} changed between its check and its staging: it is version {staged.version[:12]} now, not {index.version[:12]}",

@@ -193,7 +193,7 @@ def add_labels(tree: JoinedTree, labels: Path, store_uri: str, name: str, say: S
             file, sent = _stage_file(labels, open_store(store_uri))
         tree.add([file])
         return sent
-    staged = stage_folder(labels, store_uri, name, lambda counts: say(f"{counts.changed_files} labels read"))
+    staged = stage_folder(labels, store_uri, name, lambda counts: say(f"{counts.changed_files} labels read"), on_silence=say)
     prefix = labels_prefix(labels)
     with told_plainly(store_uri):
         _, files = read_version(open_store(store_uri), staged.version)

@@ -39,7 +39,8 @@ from trainer.packs import (
     tar_header,
     write_manifest,
 )
-from trainer.storage import folders_told_plainly, open_store, to_uri, told_plainly
+from trainer.silence import SilenceWatch
+from trainer.storage import SEND_SECONDS, folders_told_plainly, open_store, to_uri, told_plainly
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -113,11 +114,13 @@ def stage_folder(
     *,
     only: Sequence[str] | None = None,
     again: bool = False,
+    on_silence: Callable[[str], None] | None = None,
 ) -> Staged:
     """Makes the folder's files the newest version of the dataset `name` (default: the folder's name) in the store.
 
     With `only`, sorted relative paths, these files and no others, whatever they are called.
     With `again` nothing that the store has is relied on: all is read and sent, which mends a damaged one.
+    `on_silence` hears, from another thread, that the store does not answer.
     Raises TrainerError: NOT_FOUND, PERMISSION, DATA (names; a file that changes while it is read), UNAVAILABLE.
     """
     started = time.monotonic()
@@ -129,12 +132,12 @@ def stage_folder(
 
     def work() -> tuple[Ref, Scan]:
         stager = _Stager(root, store_uri, name, cache, on_progress)
-        stager.counts = counts
+        stager.counts, stager.silence = counts, silence
         with stager.lease:
             return stager.run(Scan(root, only, inner), again=again)
 
     try:
-        with told_plainly(store_uri), folders_told_plainly():
+        with told_plainly(store_uri), folders_told_plainly(), SilenceWatch(on_silence, SEND_SECONDS) as silence:
             ref, scan = until_uncollected(work, store_uri)
     finally:
         cache.close()
@@ -148,6 +151,7 @@ class _Stager:
         self.store = open_store(uri)
         self.on_progress = on_progress
         self.counts = Counts()
+        self.silence = SilenceWatch()
         self.lease = Lease(self.store, name)
         self.pack = Pack()
         self.pending: set[bytes] = set()  # on its way to the store
@@ -169,7 +173,8 @@ class _Stager:
         if ref is not None and newest.version == ref.version == base:  # files were written anew with the same content
             self.cache.commit(ref.version, ref.depth)
             return ref, scan
-        move_ref(self.sending, self.uri, self.name, newest)
+        with self.silence.asking():
+            move_ref(self.sending, self.uri, self.name, newest)
         check_generation(self.store, self.uri, self.cache.get("generation"))
         self.cache.commit(newest.version, newest.depth)
         return newest, scan
@@ -246,7 +251,8 @@ class _Stager:
             self.pending.add(read.digest)
             if read.stat.size > LARGE_BYTES:
                 send = partial(put_object, self.sending, file_key(read.digest), read.content) if read.content is not None else None
-                send = send or partial(put_file, self.sending, file_key(read.digest), self.root / read.path, read.stat)
+                path = self.root / read.path
+                send = send or partial(put_file, self.sending, file_key(read.digest), path, read.stat, self.silence.answered)
                 self._submit(send, read.stat.size, [(read.digest, "", 0)])
             else:
                 assert read.content is not None, "what is packed fits into memory"
@@ -268,7 +274,7 @@ class _Stager:
     def _submit(self, send: Callable[[], None], size: int, rows: list[tuple[bytes, str, int]]) -> None:
         held = size if size <= MEMORY_BYTES + PACK_BYTES else PART_BYTES * PARTS_AT_ONCE
         self._settle(max(0, FLYING_BYTES - held))
-        self.flying.append((self.senders.submit(size, send), size, held, rows))
+        self.flying.append((self.senders.submit(size, self.silence.during, send), size, held, rows))
 
     def _settle(self, most: int) -> None:
         """Waits until at most so many bytes are under way, and remembers where what has arrived lies."""
@@ -312,7 +318,8 @@ class _Stager:
         )
         out = io.BytesIO()
         write_manifest(out, header, self.cache.lines(difference=difference))
-        obstore.put(self.sending, manifest_key(version), out.getbuffer())
+        with self.silence.asking():
+            obstore.put(self.sending, manifest_key(version), out.getbuffer())
         self.counts.sent_bytes += out.tell()
         return Ref(version=version, files=total.files, bytes=total.bytes, depth=header.depth)
 

@@ -55,6 +55,11 @@ class Ticker:
         if self.live and self.shown > self.started:
             click.echo("\r\x1b[K", nl=False, err=True)
 
+    def say(self, line: str) -> None:
+        """A line of its own, that stays."""
+        self.end()
+        click.echo(line, err=True)
+
     def on_counts(self, counts: Counts) -> None:
         self.show(lambda seconds: describe_counts(counts, seconds))
 
@@ -77,7 +82,7 @@ def stage(path: str, store_uri: str, name: str | None, again: bool, as_json: boo
     from blocks.staging import stage_folder
 
     ticker = Ticker()
-    staged = stage_folder(Path(path), store_uri, name, ticker.on_counts, again=again)
+    staged = stage_folder(Path(path), store_uri, name, ticker.on_counts, again=again, on_silence=ticker.say)
     ticker.end()
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(staged)))
@@ -99,7 +104,8 @@ def fetch(version: str, store_uri: str, folder: str, as_json: bool) -> None:
 
     ticker = Ticker()
     started = time.monotonic()
-    fetched = fetch_version(store_uri, find_version(store_uri, version), Path(folder).absolute(), ticker.on_bytes)
+    wanted = find_version(store_uri, version)
+    fetched = fetch_version(store_uri, wanted, Path(folder).absolute(), ticker.on_bytes, on_silence=ticker.say)
     ticker.end()
     seconds = time.monotonic() - started
     if as_json:
@@ -123,7 +129,7 @@ def verify(version: str, store_uri: str, as_json: bool) -> None:
     from trainer.fetching import verify_version
 
     ticker = Ticker()
-    verified = verify_version(store_uri, find_version(store_uri, version), ticker.on_bytes)
+    verified = verify_version(store_uri, find_version(store_uri, version), ticker.on_bytes, on_silence=ticker.say)
     ticker.end()
     told: dict[str, Any] = {"version": verified.version, "files": verified.files, "bytes": verified.bytes}
     click.echo(

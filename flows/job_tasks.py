@@ -149,7 +149,7 @@ def _stage(
     check = DatasetCheck(split=request.split, max_problem_share=request.max_problem_share)
     if index is not None:
         teller = StagingReporter(record, logger, listener, total=sum(file.bytes for file in (*index.images, *index.label_files)))
-        ref, staged = stage_index(index, store, index_uri, teller.on_counts)
+        ref, staged = stage_index(index, store, index_uri, teller.on_counts, teller.on_silence)
         teller.end(f"staged to {store.uri}: {describe_staged(staged)}")
     elif split_staged(request.dataset):
         ref = find_staged(request.dataset, endpoint_of, index_uri, check)

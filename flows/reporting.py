@@ -147,6 +147,10 @@ class StagingReporter:
         self.logger.info(line)
         self.listener(self.record, JobStatus(state=JobState.STARTING, native_state="staged", message=line))
 
+    def on_silence(self, line: str) -> None:
+        self.logger.warning(line)
+        self.listener(self.record, JobStatus(state=JobState.STARTING, native_state="staging", message=line))
+
     def on_counts(self, counts: Counts) -> None:
         now = time.monotonic()
         if now - self.told_at < STAGING_TELL_SECONDS:

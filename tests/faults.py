@@ -23,13 +23,17 @@ Action = Literal["refuse", "lose", "cut_up", "cut_down", "drop", "stall"]
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests of a kind. ``path`` is searched for in the unquoted path and query."""
+    """What happens to the next `times` requests of a kind. ``path`` is searched for in the unquoted path and query.
+
+    One that stalls is answered after `seconds`, if such are given, and else never.
+    """
 
     action: Action
     method: str = r"GET|PUT|POST|HEAD|DELETE"
     path: str = ""
     times: int = 1
     status: int = 503
+    seconds: float | None = None
 
     def fits(self, method: str, path: str) -> bool:
         return self.times > 0 and re.fullmatch(self.method, method) is not None and re.search(self.path, unquote(path)) is not None
@@ -103,9 +107,8 @@ def _make_answering(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
             length = int(self.headers.get("Content-Length", 0))
             body = self.read_body(length // 2 if action == "cut_up" else length)
             proxy.requests.append(Request(self.command, self.path, action, len(body), self.headers.get("Authorization", "")))
-            if action == "stall":
-                proxy.closing.wait()
-            if action in ("cut_up", "drop", "stall"):
+            stalled = fault is not None and action == "stall" and (proxy.closing.wait(fault.seconds) or fault.seconds is None)
+            if stalled or action in ("cut_up", "drop"):
                 return self.hang_up()
             if fault is not None and action == "refuse":
                 return self.send(fault.status, {}, b"<Error><Code>Planned</Code></Error>")

@@ -77,7 +77,7 @@ def dataset_folder(
 
     With `cache` they are kept there for others and for later; without, they lie in memory if that is ample, else below
     `scratch`, and are removed at the end. `on_message` is told what a person would wonder about: who is waited for, what is
-    deleted. Raises TrainerError as `fetch_version` does.
+    deleted, that the store is silent. Raises TrainerError as `fetch_version` does.
     """
     if not VERSION.fullmatch(version):
         raise TrainerError(
@@ -97,7 +97,7 @@ def dataset_folder(
                 place = choose_place(header.bytes, header.files, _read_memory_room())
                 own = stack.enter_context(_own_folder(MEMORY_FOLDER if place == "memory" else scratch))
             folder = own / "data"
-            got = fetch_version(store_uri, version, folder, on_progress)
+            got = fetch_version(store_uri, version, folder, on_progress, on_silence=tell)
         seconds = time.monotonic() - started
         yield DatasetFolder(folder, place, got.files, got.bytes, got.fetched_files, got.fetched_bytes, seconds)
 
@@ -119,7 +119,7 @@ def _fetch_to_cache(
             _make_room(cache, version, header.bytes, limit, tell)
 
     folder = entry / "data"
-    got = fetch_version(store_uri, version, folder, on_progress, on_wait=wait, on_start=start, repair=True)
+    got = fetch_version(store_uri, version, folder, on_progress, on_wait=wait, on_silence=tell, on_start=start, repair=True)
     with folders_told_plainly():
         write_atomic(entry / "used", str(got.bytes).encode())
     return folder, got

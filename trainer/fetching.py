@@ -33,7 +33,8 @@ from trainer.packs import (
     open_manifest,
 )
 from trainer.ranges import RangeReader
-from trainer.storage import folders_told_plainly, open_store, told_plainly
+from trainer.silence import SilenceWatch
+from trainer.storage import PATIENCE, folders_told_plainly, open_store, told_plainly
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -116,13 +117,15 @@ def fetch_version(
     on_progress: Progress | None = None,
     *,
     on_wait: Callable[[str], None] | None = None,
+    on_silence: Callable[[str], None] | None = None,
     on_start: Callable[[ManifestHeader], None] | None = None,
     repair: bool = False,
 ) -> Fetched:
     """Makes `to` the files of a version. Nothing is done where it is there already.
 
-    `on_progress` gets bytes done and bytes in all; `on_wait` is told who fetches to there already; `on_start` gets the
-    header before anything is written. With `repair`, a folder that lacks files is filled where it is, else it is refused.
+    `on_progress` gets bytes done and bytes in all; `on_wait` is told who fetches to there already; `on_silence` hears, from
+    another thread, that the store does not answer; `on_start` gets the header before anything is written. With `repair`, a
+    folder that lacks files is filled where it is, else it is refused.
     Raises TrainerError: NOT_FOUND, DATA (damaged or hostile), DISK_FULL, OCCUPIED (`to` holds something else),
     CONFIG (a file system that takes two names for one), PERMISSION and UNAVAILABLE from the store.
     """
@@ -141,7 +144,8 @@ def fetch_version(
                 folder = to.with_name(f"{to.name}.partial-{version[:12]}")
             if on_start:
                 on_start(header)
-            got = _Fetch(store_uri, header, folder, on_progress).run(files, to.with_name(f"{to.name}.index"))
+            with SilenceWatch(on_silence, PATIENCE.total_seconds()) as silence:
+                got = _Fetch(store_uri, header, folder, on_progress, silence).run(files, to.with_name(f"{to.name}.index"))
             if folder != to:
                 if to.exists():
                     to.rmdir()
@@ -169,7 +173,9 @@ def _is_whole(folder: Path, files: Iterator[StagedFile]) -> bool:
         return False
 
 
-def verify_version(store_uri: str, version: str, on_progress: Progress | None = None) -> Fetched:
+def verify_version(
+    store_uri: str, version: str, on_progress: Progress | None = None, *, on_silence: Callable[[str], None] | None = None
+) -> Fetched:
     """Reads every file of a version in the store and compares its sha256; keeps nothing. Raises as `fetch_version` does.
 
     Files in place have no sha256 that is known: their store is asked whether they are as they were registered.
@@ -178,7 +184,8 @@ def verify_version(store_uri: str, version: str, on_progress: Progress | None = 
     with told_plainly(store_uri), folders_told_plainly(), _named_in_hints(store_uri), scratch_folder as scratch:
         store = open_store(store_uri)
         header, files = read_version(store, version)
-        reader = RangeReader(open_store(store_uri, "fetch"))
+        silence = SilenceWatch(on_silence, PATIENCE.total_seconds())
+        reader = RangeReader(open_store(store_uri, "fetch"), silence)
         count = _Count(header.bytes, on_progress)
 
         def verify(part: Part) -> None:
@@ -193,10 +200,10 @@ def verify_version(store_uri: str, version: str, on_progress: Progress | None = 
                     _compare(hashlib.sha256(_cut(content, part, file)).digest(), file)
             count.add(sum(file.size for file in part.files))
 
-        with contextlib.closing(FetchIndex(Path(scratch) / "index")) as index:
+        with contextlib.closing(FetchIndex(Path(scratch) / "index")) as index, silence:
             index.fill(files)
             reader.in_parallel(cut_parts(index.files()), verify)
-            verify_in_place(index.files_in_place(), store_uri, count.add)
+            verify_in_place(index.files_in_place(), store_uri, count.add, silence)
     return Fetched(version, header.files, header.bytes, header.files, header.bytes)
 
 
@@ -220,10 +227,11 @@ class _Count:
 class _Fetch:
     """One fetch into one folder. With `resumed`, there are files that may be right, half, or something else."""
 
-    def __init__(self, store_uri: str, header: ManifestHeader, folder: Path, on_progress: Progress | None) -> None:
+    def __init__(self, store_uri: str, header: ManifestHeader, folder: Path, on_progress: Progress | None, silence: SilenceWatch) -> None:
         self.store_uri, self.header, self.folder = store_uri, header, folder
         self.resumed = os.path.lexists(folder)
-        self.reader = RangeReader(open_store(store_uri, "fetch"))
+        self.silence = silence
+        self.reader = RangeReader(open_store(store_uri, "fetch"), silence)
         self.count = _Count(header.bytes, on_progress)
 
     def run(self, files: Iterator[StagedFile], index_path: Path) -> Fetched:
@@ -298,7 +306,7 @@ class _Fetch:
                     for piece in pieces:
                         write_all(descriptor, memoryview(piece))
 
-        fetch_in_place(missing(), self.store_uri, write, lambda size: self.count.add(size, files=1, fetched=size))
+        fetch_in_place(missing(), self.store_uri, write, lambda size: self.count.add(size, files=1, fetched=size), self.silence)
 
     def _is_there(self, tree: FileTree, file: Wanted) -> bool:
         if not tree.holds(file.path, file.size, file.sha256):

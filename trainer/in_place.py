@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from trainer.errors import ExitCode, TrainerError
 from trainer.packs import StagedFile
+from trainer.silence import SilenceWatch
 from trainer.storage import open_store, to_path, told_plainly
 
 if TYPE_CHECKING:
@@ -64,32 +65,39 @@ class Sources:
 
 
 def fetch_in_place(
-    files: Iterable[StagedFile], store_uri: str, write: Callable[[StagedFile, Iterator[bytes]], None], on_bytes: Callable[[int], None]
+    files: Iterable[StagedFile],
+    store_uri: str,
+    write: Callable[[StagedFile, Iterator[bytes]], None],
+    on_bytes: Callable[[int], None],
+    silence: SilenceWatch | None = None,
 ) -> None:
     """Gives each object to `write`, in threads, piece by piece. `on_bytes` gets the size of each that is done, in this thread.
 
     What reading raises comes out of the pieces, so whoever writes them removes what he has then.
     Raises TrainerError: DATA for an object that is gone or has changed, PERMISSION, UNAVAILABLE; and what `write` raises.
     """
-    sources = Sources(store_uri)
+    sources, watch = Sources(store_uri), silence or SilenceWatch()
 
     def fetch(file: StagedFile) -> int:
-        write(file, _read(sources, file))
+        write(file, _read(sources, file, watch))
         return file.size
 
     _in_parallel(files, fetch, on_bytes)
 
 
-def verify_in_place(files: Iterable[StagedFile], store_uri: str, on_bytes: Callable[[int], None]) -> None:
+def verify_in_place(
+    files: Iterable[StagedFile], store_uri: str, on_bytes: Callable[[int], None], silence: SilenceWatch | None = None
+) -> None:
     """Asks for each object whether it is as it was registered: a request each, and no content. Raises as `fetch_in_place` does."""
     import obstore
 
-    sources = Sources(store_uri)
+    sources, watch = Sources(store_uri), silence or SilenceWatch()
 
     def verify(file: StagedFile) -> int:
         assert file.in_place is not None
         with _told(file):
-            meta = obstore.head(sources.open(file.in_place.source), file.in_place.key)
+            with watch.asking():
+                meta = obstore.head(sources.open(file.in_place.source), file.in_place.key)
             _compare(file, meta)
         return file.size
 
@@ -111,7 +119,7 @@ def _in_parallel(files: Iterable[StagedFile], work: Callable[[StagedFile], int],
         pool.shutdown(cancel_futures=True)
 
 
-def _read(sources: Sources, file: StagedFile) -> Iterator[bytes]:
+def _read(sources: Sources, file: StagedFile, silence: SilenceWatch) -> Iterator[bytes]:
     """Its content piece by piece, of the state that was registered and no other."""
     import obstore
 
@@ -119,9 +127,10 @@ def _read(sources: Sources, file: StagedFile) -> Iterator[bytes]:
     size = 0
     with _told(file):
         # Without a condition: stores differ in how they refuse one, and the answer tells of which state its content is.
-        answer = obstore.get(sources.open(file.in_place.source), file.in_place.key)
+        with silence.asking():
+            answer = obstore.get(sources.open(file.in_place.source), file.in_place.key)
         _compare(file, answer.meta)
-        for chunk in answer.stream(min_chunk_size=READ_BYTES):
+        for chunk in silence.each(answer.stream(min_chunk_size=READ_BYTES)):
             size += len(chunk)
             if size > file.size:
                 break

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from trainer.errors import ExitCode, TrainerError
 from trainer.fetch_index import PART_BYTES, Part
 from trainer.packs import STAGE_AGAIN
+from trainer.silence import SilenceWatch
 from trainer.storage import PATIENCE
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ class Streams:
 class RangeReader:
     """Reads of one store. A context: at its end, or at an error, nothing is read any more."""
 
-    def __init__(self, store: ObjectStore) -> None:
+    def __init__(self, store: ObjectStore, silence: SilenceWatch | None = None) -> None:
         self.store = store
+        self.silence = silence or SilenceWatch()
         self.streams = Streams()
         self._readers = ThreadPoolExecutor(MOST_STREAMS, "read")
 
@@ -113,15 +115,18 @@ class RangeReader:
             if self.streams.stopped:
                 raise TrainerError("the fetch was stopped", code=ExitCode.UNAVAILABLE)
             try:
-                content = memoryview(obstore.get_range(self.store, key, start=start, end=end))
+                with self.silence.asking():
+                    content = memoryview(obstore.get_range(self.store, key, start=start, end=end))
             except FileNotFoundError as exc:
                 raise _missing(key) from exc
             except (PermissionDeniedError, UnauthenticatedError):
                 raise
             except BaseError as exc:
+                if time.monotonic() > give_up:
+                    raise  # another question would only wait as long again
                 # The library goes on with a body that broke only where the store names a version of it (ETag).
                 self._refuse_short(key, end, exc)
-                if not left or time.monotonic() > give_up:
+                if not left:
                     raise
                 time.sleep(PAUSE_SECONDS)
             else:

@@ -31,11 +31,13 @@ ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_E
 # To ask is to be told soon what is wrong, as with no network or no credentials. To send and to fetch come after an answer,
 # and sit out minutes without a network. obstore's own 30 s for a whole request would be too little for a pack on a slow link.
 Purpose = Literal["ask", "send", "fetch"]
+SEND_SECONDS = 600.0
 TIMEOUTS: dict[Purpose, ClientConfig] = {
     # From the request's beginning, and then between two reads.
     "ask": {"timeout": timedelta(days=7), "read_timeout": timedelta(seconds=10)},
-    # A pack at 28 kB/s. Until the answer comes nothing is read, so a pause is not told from a slow link.
-    "send": {"timeout": timedelta(minutes=10)},
+    # A pack at 28 kB/s, as on a line of 1 Mbit/s that four share. Until the answer comes nothing is read, so the library cannot tell
+    # a pause from a slow link, and less would cut slow links; who waits is told by `trainer.silence`.
+    "send": {"timeout": timedelta(seconds=SEND_SECONDS)},
     "fetch": {"timeout": timedelta(days=7), "read_timeout": timedelta(minutes=1)},
 }
 PATIENCE = timedelta(minutes=3)  # a signed request is good for five

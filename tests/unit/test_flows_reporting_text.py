@@ -8,7 +8,7 @@ import pytest
 
 from blocks.job import JobState, JobStatus, Result
 from blocks.record import CancelRequest, RunFile, RunRecord
-from flows.reporting import publish_report
+from flows.reporting import StagingReporter, publish_report
 from flows.reporting_text import (
     build_ending,
     build_report,
@@ -115,6 +115,17 @@ def test_the_report_of_a_run_is_written_with_its_dataset_and_without_one(tmp_pat
     record = RunRecord(str(tmp_path), "abcd")
     record.write_source(DatasetRef(root="s3://b/i", index_uri="", version=VERSION, name="c", image_count=4, store_uri="s3://b/store"))
     assert f"version `{VERSION}` in the store `s3://b/store`, from `s3://b/i`" in published(record, monkeypatch)
+
+
+def test_a_silent_store_is_told_in_the_log_and_to_whoever_listens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[JobStatus] = []
+    record = RunRecord(str(tmp_path), "abcd")
+    teller = StagingReporter(record, logging.getLogger(__name__), lambda _, status: heard.append(status), total=10)
+    teller.on_silence("the store has not answered for 30 s")
+    assert [(status.state, status.native_state, status.message) for status in heard] == [
+        (JobState.STARTING, "staging", "the store has not answered for 30 s")
+    ]
+    assert [(entry.levelname, entry.message) for entry in caplog.records] == [("WARNING", "the store has not answered for 30 s")]
 
 
 def training(epoch: int) -> Progress:
