@@ -83,7 +83,7 @@ class Place:
 
     def stop(self, program: str) -> None:
         if (pid := self.pid(program)) is not None:
-            stop_process(pid, program)
+            stop_process(pid, program, seconds=5)  # an API server would wait for its watchers
 
 
 def new_place(folder: Path) -> Place:

@@ -19,6 +19,8 @@ from tests.cluster.fake_node import fake_node
 from tests.cluster.place import NODE, cluster_folder
 from tests.cluster.rig import start_or_find, stop_cluster
 from tests.docker_engine import mounts_below
+from tests.docker_registry import running_registry
+from tests.images import Uploader
 from tests.stack import REPOSITORY, wait_for
 
 pytestmark = pytest.mark.cluster
@@ -113,8 +115,20 @@ def test_a_node_that_is_lost_and_comes_back(cluster: Cluster, namespace: str) ->
         cluster.delete_node()
     finally:
         cluster.start_kubelet(gpus=1)
-    wait_for("the pod to be forgotten", lambda: not cluster.exists("pod", "lives", namespace), 90)
+    wait_for("the end of the pod to be told", lambda: phase(cluster, "lives", namespace) == "Failed", 60)
+    assert cluster.get("pod", "lives", namespace)["status"]["containerStatuses"][0]["state"]["terminated"]["exitCode"] == 137
     assert cluster.get("node", NODE)["status"]["allocatable"][GPU] == "1"
+
+
+def test_an_image_is_really_pulled_and_one_that_is_missing_is_told(cluster: Cluster, tmp_path: Path) -> None:
+    with running_registry(tmp_path) as registry:
+        reference = f"{registry.host}/team/model@{Uploader(registry.host, 'team/model').image()}"
+        assert not cluster.has_image(reference)
+        cluster.pull(reference)
+        assert cluster.has_image(reference)
+        assert registry.sent_bytes() > 0
+        with pytest.raises(AssertionError, match="not found"):
+            cluster.pull(f"{registry.host}/team/other:1")
 
 
 def test_an_api_server_that_was_away_answers_again(cluster: Cluster) -> None:
