@@ -30,13 +30,15 @@ REMOTE_SCHEMES = ("s3", "gs", "az")
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
 # To ask is to be told soon what is wrong, as with no network or no credentials. To send and to fetch come after an answer,
 # and sit out minutes without a network. obstore's own 30 s for a whole request would be too little for a pack on a slow link.
-Purpose = Literal["ask", "send", "fetch"]
+# To mirror is to send what the sender will send again anyway: it soon wants to know.
+Purpose = Literal["ask", "send", "fetch", "mirror"]
 TIMEOUTS: dict[Purpose, ClientConfig] = {
     # From the request's beginning, and then between two reads.
     "ask": {"timeout": timedelta(days=7), "read_timeout": timedelta(seconds=10)},
     # A pack at 28 kB/s. Until the answer comes nothing is read, so a pause is not told from a slow link.
     "send": {"timeout": timedelta(minutes=10)},
     "fetch": {"timeout": timedelta(days=7), "read_timeout": timedelta(minutes=1)},
+    "mirror": {"timeout": timedelta(minutes=2)},
 }
 PATIENCE = timedelta(minutes=3)  # a signed request is good for five
 _PATIENT: RetryConfig = {
@@ -48,6 +50,7 @@ RETRIES: dict[Purpose, RetryConfig] = {
     "ask": {**_PATIENT, "max_retries": 5, "retry_timeout": timedelta(seconds=20)},
     "send": _PATIENT,
     "fetch": _PATIENT,
+    "mirror": {**_PATIENT, "retry_timeout": timedelta(seconds=30)},
 }
 
 
