@@ -22,6 +22,15 @@ from trainer.progress import read_lines
 from trainer.storage import ObjectFolder
 
 ROOT = Path(__file__).parents[1]
+# As a pod with a read-only root file system, a user that nobody knows, and what shared memory a container has by default. The one
+# capability is for Python itself, which lies in a home on some machines.
+STRICT = """
+mount -t tmpfs -o size=64m tmpfs /dev/shm
+mount -t tmpfs -o mode=1777 tmpfs "$TMPDIR"
+mount -o remount,bind,ro /
+exec setpriv --reuid 54321 --regid 54321 --clear-groups --inh-caps +dac_read_search --ambient-caps +dac_read_search "$@"
+"""
+STRICT_COMMAND = ("unshare", "--mount", "sh", "-euc", STRICT, "sh")
 
 
 @dataclass
@@ -88,7 +97,7 @@ class PodJob:
     def attempt(self) -> ObjectFolder:
         return self.run.child(f"attempts/{self.job.attempt}")
 
-    def start(self, *arguments: str, **variables: str) -> Pod:
+    def start(self, *arguments: str, strict: bool = False, **variables: str) -> Pod:
         number = len(self.pods) + 1
         scratch = self.base / f"disk-{number}"
         scratch.mkdir()
@@ -98,7 +107,7 @@ class PodJob:
         config = f"{self.uri}/run/attempts/{self.job.attempt}/{AttemptLayout.CONFIG}"
         with log.open("wb") as out:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "trainer", "--config", config, *arguments],
+                [*(STRICT_COMMAND if strict else ()), sys.executable, "-P", "-m", "trainer", "--config", config, *arguments],
                 env={**kept, **self.environment, **named, "TMPDIR": str(scratch), "PYTHONPATH": str(ROOT), **variables},
                 stdout=out,
                 stderr=out,

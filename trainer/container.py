@@ -55,6 +55,7 @@ from trainer.watching import RecordWatch
 
 LOOK_SECONDS = 5.0
 TICK_SECONDS = 0.2
+BRIEF_SECONDS = 2.0
 GROUP_UMASK = 0o002
 T = TypeVar("T")
 log = logging.getLogger("trainer")
@@ -243,7 +244,8 @@ def train(container: Container, claim: Claim, limits: Limits, stop: StopNote) ->
     courier = Courier(Mirror(layout.folder, container.objects.uri, claim), stop, limits.patience_seconds)
     courier.start()
     # A platform's time to stop in is for saving and for sending.
-    supervisor = Supervisor(layout.folder, replace(limits, grace_seconds=limits.grace_seconds / 2), stop)
+    within = replace(limits, grace_seconds=limits.grace_seconds / 2)
+    supervisor = Supervisor(layout.folder, within, stop, look=lambda: look_briefly(watch))
     try:
         with Repeated(follower.follow, LOG_SECONDS), Repeated(watch.look, LOOK_SECONDS):
             supervisor.run(None)
@@ -257,6 +259,13 @@ def train(container: Container, claim: Claim, limits: Limits, stop: StopNote) ->
     if ended.exit_code == ExitCode.OK and container.model_dir:
         collect(layout, container.model_dir)
     return ended
+
+
+def look_briefly(watch: RecordWatch) -> None:
+    """A store that is away must not use up the time to stop in."""
+    thread = Thread(target=watch.look, daemon=True)
+    thread.start()
+    thread.join(BRIEF_SECONDS)
 
 
 def send_last(container: Container, courier: Courier, limits: Limits, stop: StopNote, ended: ExitRecord) -> None:

@@ -37,7 +37,7 @@ from trainer.packs import ManifestHeader
 from trainer.storage import folders_told_plainly
 
 MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108 - a folder of a random name and for this user only is made in it
-MEMORY_SHARE = 0.5  # of what is available; the training needs the rest
+MEMORY_SHARE = 0.5  # of what is available, and of what is set aside for files; the training needs the rest
 FILE_BYTES = 4096  # that a file takes beyond its content, at most about
 OWN_PREFIX = "trainyard-dataset-"
 DELETED_PREFIX = ".deleted-"
@@ -238,11 +238,12 @@ class MemoryRoom(NamedTuple):
 
 
 def choose_place(size: int, files: int, room: MemoryRoom | None) -> Literal["memory", "disk"]:
-    """Memory only where the files fit into what is set aside for files, and leave the training at least half of what is available."""
+    """Memory only where the files leave the training at least half of what is available, and of what is set aside for files: batches
+    of its data-loading processes lie there, too."""
     if room is None:
         return "disk"
     needed = size + files * FILE_BYTES
-    ample = needed <= room.free_bytes and 2 * files < room.free_files and needed <= room.available_bytes * MEMORY_SHARE
+    ample = needed <= room.free_bytes * MEMORY_SHARE and 2 * files < room.free_files and needed <= room.available_bytes * MEMORY_SHARE
     return "memory" if ample else "disk"
 
 

@@ -44,7 +44,7 @@ class ExitCode(IntEnum):
     PERMISSION = 77  # EX_NOPERM
     CONFIG = 78  # EX_CONFIG: the request
     TIMEOUT = 124  # as timeout(1): over its maximum run time or budget
-    CANCELLED = 130  # as a shell says after Ctrl-C
+    CANCELLED = 130  # as a shell says after Ctrl-C: a person wants it no more
 
 
 EXIT_REASONS: dict[int, FailureReason] = {

@@ -3,6 +3,9 @@
 A platform that has lost a machine starts the attempt's container again, and the old one may still train. Each container takes
 the attempt by compare-and-swap on ``owner.json``, and looks at it before it writes: who finds another's name there stops.
 A later attempt of the run fences, too: its plan is there.
+
+A write that was on its way when its sender looked may arrive later. The result is safe from it, as the one that has the attempt
+compares all that the record holds once more at its end (`Mirror.forget`), and a checkpoint, as it is verified before it is used.
 """
 
 from __future__ import annotations

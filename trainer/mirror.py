@@ -75,7 +75,7 @@ class Mirror:
         """
         with folders_told_plainly(), told_plainly(self.objects.uri):
             if self._there is None:
-                self._store = open_for_files(self.objects.uri)
+                self._store = open_for_files(self.objects.uri, "mirror")
                 self._there = set(list_paths(self._store, ""))
             self._send_checkpoints(self._there)
             for name in (AttemptLayout.PROGRESS_LINES, AttemptLayout.PROGRESS, *self._logs()):

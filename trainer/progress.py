@@ -46,7 +46,7 @@ class ProgressWriter:
         self._lines_path = layout / AttemptLayout.PROGRESS_LINES
         self._written_at = -math.inf
         self._last_line = max((line.epoch for line in read_lines(self._lines_path)), default=0)
-        first = {"attempt": attempt, "phase": Phase.PREPARING, "epochs": epochs, "host": socket.gethostname()}
+        first = {"attempt": attempt, "phase": Phase.PREPARING, "epoch": self._last_line, "epochs": epochs, "host": socket.gethostname()}
         self.latest = Progress.model_validate(first)
 
     def update(self, *, at_most_every_second: bool = False, **changes: Any) -> Progress:

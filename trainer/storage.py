@@ -30,7 +30,8 @@ REMOTE_SCHEMES = ("s3", "gs", "az")
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
 # To ask is to be told soon what is wrong, as with no network or no credentials. To send and to fetch come after an answer,
 # and sit out minutes without a network. obstore's own 30 s for a whole request would be too little for a pack on a slow link.
-Purpose = Literal["ask", "send", "fetch"]
+# To mirror is to send what the sender will send again anyway: it soon wants to know.
+Purpose = Literal["ask", "send", "fetch", "mirror"]
 SEND_SECONDS = 600.0
 TIMEOUTS: dict[Purpose, ClientConfig] = {
     # From the request's beginning, and then between two reads.
@@ -39,6 +40,7 @@ TIMEOUTS: dict[Purpose, ClientConfig] = {
     # a pause from a slow link, and less would cut slow links; who waits is told by `trainer.silence`.
     "send": {"timeout": timedelta(seconds=SEND_SECONDS)},
     "fetch": {"timeout": timedelta(days=7), "read_timeout": timedelta(minutes=1)},
+    "mirror": {"timeout": timedelta(minutes=2)},
 }
 PATIENCE = timedelta(minutes=3)  # a signed request is good for five
 _PATIENT: RetryConfig = {
@@ -50,6 +52,7 @@ RETRIES: dict[Purpose, RetryConfig] = {
     "ask": {**_PATIENT, "max_retries": 5, "retry_timeout": timedelta(seconds=20)},
     "send": _PATIENT,
     "fetch": _PATIENT,
+    "mirror": {**_PATIENT, "retry_timeout": timedelta(seconds=30)},
 }
 
 

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -85,6 +86,7 @@ class Supervisor:
     limits: Limits
     stop: StopNote = field(default_factory=StopNote)
     started_at: datetime = field(default_factory=utc_now)
+    look: Callable[[], None] = lambda: None  # whether a cancel is behind a signal; it brings the stop file
 
     def __post_init__(self) -> None:
         self.attempt = AttemptLayout(self.folder)
@@ -170,6 +172,7 @@ class Supervisor:
         return {path.read_text().strip() for path in paths if path.exists()} - {""}
 
     def _stopped_before_start(self) -> ExitRecord:
+        self._look_behind_signal()
         return ExitRecord(
             exit_code=ExitCode.CANCELLED if self._cancelled() else ExitCode.PREEMPTED,
             reason=None if self._cancelled() else FailureReason.PREEMPTED,
@@ -219,6 +222,10 @@ class Supervisor:
                 kill_group(fit.pid)
                 kill_at = now + self.limits.grace_seconds
 
+    def _look_behind_signal(self) -> None:
+        if self.stop.signal is not None and not self._cancelled():
+            self.look()
+
     def _cancelled(self) -> bool:
         return (self.attempt / AttemptLayout.STOP).exists()
 
@@ -233,6 +240,8 @@ class Supervisor:
         failure = read_json(self.attempt / AttemptLayout.FAILURE) or {}
         code, reason, message, hint = explain_exit(returncode, failure, oom_killed=oom_killed)
         stopped = code != ExitCode.OK and (code == ExitCode.PREEMPTED or returncode < 0)
+        if stopped:
+            self._look_behind_signal()
         cancelled = stopped and self._cancelled()
         if timed_out and stopped:
             code, reason = ExitCode.TIMEOUT, FailureReason.TIMEOUT

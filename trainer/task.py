@@ -158,6 +158,8 @@ def find_start(context: FitContext, trainer: FrameworkTrainer) -> Checkpoint | N
     for problem in problems:
         log.warning("checkpoint left out: %s", problem)
     if checkpoint is None:
+        context.progress.rewind(None, 0)
+        context.progress.update(epoch=0)
         return None
     record = checkpoint.record
     what = "finishing the run from" if record.finished else "resuming after"

@@ -22,7 +22,7 @@ from trainer.errors import ExitCode, TrainerError
 from trainer.fetching import Progress
 from trainer.locks import wait_for_lock
 from trainer.packs import check_path
-from trainer.storage import REMOTE_SCHEMES, folders_told_plainly, open_store, to_path, told_plainly
+from trainer.storage import REMOTE_SCHEMES, Purpose, folders_told_plainly, open_store, to_path, told_plainly
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -62,11 +62,11 @@ def push_files(
         return in_parallel(lambda name: push_file(store, name, folder / name, (expected or {}).get(name)), sizes, on_progress)
 
 
-def open_for_files(uri: str) -> ObjectStore:
+def open_for_files(uri: str, purpose: Purpose = "send") -> ObjectStore:
     """The store, with a SHA-256 beside each upload to S3, which S3 compares and keeps. Every store gets its length compared."""
     from obstore.store import S3Store
 
-    store = open_store(uri, "send")
+    store = open_store(uri, purpose)
     if not isinstance(store, S3Store):
         return store
     return S3Store(

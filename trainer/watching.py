@@ -21,7 +21,7 @@ class RecordWatch:
     def __init__(self, record: str, layout: AttemptLayout, claim: Claim, stop: StopNote) -> None:
         self._run = ObjectFolder(record)
         self._attempts = self._run.child(RunLayout.ATTEMPTS)
-        self._layout, self._claim, self._stop = layout, claim, stop
+        self._layout, self._claim, self.stop = layout, claim, stop
         self._told = ""
 
     def look(self) -> None:
@@ -36,9 +36,9 @@ class RecordWatch:
                     write_json(self._layout / AttemptLayout.STOP, wanted)
             self._told = ""
         except Fenced as exc:
-            if self._stop.fenced is None:
+            if self.stop.fenced is None:
                 log.warning("stopping the training: %s", exc)
-            self._stop.fenced = exc
+            self.stop.fenced = exc
         except TrainerError as exc:
             if exc.message != self._told:
                 log.warning("the run's record does not say whether to stop: %s", exc)

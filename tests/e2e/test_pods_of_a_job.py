@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -138,14 +140,13 @@ def test_a_newer_attempt_ends_an_older_one_that_still_trains(make: MakeJob) -> N
     assert job.attempt.get(AttemptLayout.MANIFEST) is None
 
 
-@pytest.mark.parametrize("place", [RunLayout.CANCEL, f"attempts/1/{AttemptLayout.STOP}"])
-def test_a_cancel_in_the_record_saves_and_ends_it_and_no_other_pod_begins(make: MakeJob, place: str) -> None:
+def test_a_cancel_in_the_record_saves_and_ends_it_and_no_other_pod_begins(make: MakeJob) -> None:
     job = make(epochs=400)
     pod = job.start()
     job.wait_saved(1)
     job.run.put(RunLayout.CANCEL, json.dumps({"attempt": 7, "asked_by": "of another attempt"}).encode())
-    job.run.put(place, json.dumps({"attempt": 1, "asked_by": "me"}).encode())
-    assert pod.wait(30) == ExitCode.CANCELLED, pod.output
+    ask_to_cancel(job)
+    assert pod.wait(60) == ExitCode.CANCELLED, pod.output
     end = job.end()
     assert (end.cancelled, end.reason) == (True, None)
     assert f"epoch {job.saved()} saved" in end.message
@@ -154,6 +155,36 @@ def test_a_cancel_in_the_record_saves_and_ends_it_and_no_other_pod_begins(make: 
     assert again.wait(60) == ExitCode.CANCELLED, again.output
     assert "resuming" not in again.output
     assert job.end().cancelled
+
+
+def ask_to_cancel(job: PodJob) -> None:
+    job.run.put(RunLayout.CANCEL, json.dumps({"attempt": 1, "asked_by": "me"}).encode())
+
+
+def test_a_signal_that_follows_a_cancel_is_told_as_one(make: MakeJob) -> None:
+    """A Job is suspended right after the request is written, before the next look at the record."""
+    job = make(epochs=400)
+    pod = job.start()
+    job.wait_saved(1)
+    ask_to_cancel(job)
+    pod.evict()
+    assert pod.wait(60) == ExitCode.CANCELLED, pod.output
+    assert job.end().cancelled
+
+
+def can_be_strict() -> bool:
+    return subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode == 0 and os.getuid() == 0
+
+
+@pytest.mark.skipif(not can_be_strict(), reason="only root can make a root file system that is read-only")
+def test_a_user_without_a_name_trains_on_a_read_only_root(make: MakeJob) -> None:
+    job = make(epochs=1, train=16, workers=None, image_size=640, batch_size=16)
+    pod = job.start(strict=True)
+    assert pod.wait() == ExitCode.OK, pod.output
+    expect_whole(job, 1)
+    assert re.search(r"0 data-loading processes, not \d+: /dev/shm has \d+ MB free", pod.output)
+    assert "Read-only file system" not in pod.output
+    assert "Permission denied" not in pod.output
 
 
 # --- The store goes away ---------------------------------------------------------------------------------
@@ -176,7 +207,7 @@ def test_a_store_away_for_a_while_stops_no_training(make: MakeJob, proxy: FaultP
     proxy.heal()
     assert pod.wait() == ExitCode.OK, pod.output
     expect_whole(job, 40)
-    assert "not sent yet" in pod.output
+    assert proxy.met("drop")
 
 
 def test_a_store_that_stays_away_ends_it_with_the_cause_and_where_the_result_is(make: MakeJob, proxy: FaultProxy) -> None:

@@ -235,7 +235,7 @@ def test_unused_versions_are_chosen_by_their_last_use(needed: int, limit: int, c
     ("size", "room", "place"),
     [
         (10 * MIB, MemoryRoom(64 * MIB, 10_000, 100 * MIB), "memory"),
-        (65 * MIB, MemoryRoom(64 * MIB, 10_000, 1000 * MIB), "disk"),  # /dev/shm of a container
+        (40 * MIB, MemoryRoom(64 * MIB, 10_000, 1000 * MIB), "disk"),  # /dev/shm of a container
         (60 * MIB, MemoryRoom(1000 * MIB, 10_000, 100 * MIB), "disk"),  # more than half of the memory
         (10 * MIB, MemoryRoom(64 * MIB, 150, 100 * MIB), "disk"),  # too few files
         (10 * MIB, None, "disk"),

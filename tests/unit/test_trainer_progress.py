@@ -108,3 +108,15 @@ def test_a_training_tells_its_pace_and_a_loss_that_is_no_number(tmp_path: Path, 
     activities = [progress.activity for progress in written]
     assert {"validating", "saving"} <= set(activities)
     assert any(progress.activity == "validating" and progress.epoch == 0 for progress in written)
+
+
+def test_a_fit_that_follows_another_shows_what_was_done_before_it_prepares(tmp_path: Path) -> None:
+    layout = AttemptLayout(tmp_path)
+    writer = ProgressWriter(layout, attempt=1, epochs=9)
+    for epoch in (1, 2):
+        writer.update(epoch=epoch)
+        writer.finish_epoch()
+    later = ProgressWriter(layout, attempt=1, epochs=9)
+    assert later.latest.epoch == 2
+    later.rewind(None, 0)
+    assert read_lines(layout / AttemptLayout.PROGRESS_LINES) == [], "of a training that starts over"

@@ -14,7 +14,15 @@ from tests.fit_rig import TINY, epochs_of, make_attempt, make_dataset
 from trainer import task
 from trainer.contract import ENV_HOME, AttemptLayout, ExitCode, Framework, SplitConfig, Task, TrainConfig, TrainerError
 from trainer.frameworks import get_trainer, yolo_model
-from trainer.frameworks.yolo_arguments import build_arguments, build_augmentations, check_params, choose_batch, choose_device, known_params
+from trainer.frameworks.yolo_arguments import (
+    build_arguments,
+    build_augmentations,
+    check_params,
+    choose_batch,
+    choose_device,
+    choose_workers,
+    known_params,
+)
 from trainer.stopping import Stopper
 
 # Not importorskip: an import here would come before a fit sets where Ultralytics keeps its settings, and ask the network.
@@ -145,6 +153,15 @@ def test_settings_are_named_as_ultralytics_names_them() -> None:
     expected = {"seed": 7, "workers": 3, "patience": 0, "amp": False, "deterministic": True, "imgsz": 64, "batch": 8, "plots": False}
     assert expected.items() <= arguments.items()
     assert build_arguments(config(patience=5), "cpu")["patience"] == 5
+
+
+@pytest.mark.parametrize(("free_mb", "wished", "workers"), [(64, None, 0), (500, None, 2), (2000, None, 4), (None, None, 4), (64, 3, 3)])
+def test_loading_processes_find_room_for_their_batches(
+    monkeypatch: pytest.MonkeyPatch, free_mb: int | None, wished: int | None, workers: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    wanted = config(workers=wished, batch_size=16, image_size=640)
+    assert choose_workers(wanted, free_mb and free_mb * 10**6) == workers
 
 
 def test_an_automatic_batch_is_measured_on_a_gpu_only() -> None:

@@ -16,6 +16,9 @@ log = logging.getLogger("trainer")
 
 DEFAULT_BATCH = 16
 MAX_WORKERS = 8
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - nothing is written there by name
+# On their way at most: 4 for training, and 2 for each of twice as many processes, of twice the size, for validation.
+BATCHES_PER_WORKER = 4 + 2 * 2 * 2
 # Ultralytics' names for what has a field of its own here.
 FIELDS = {
     "epochs": "epochs",
@@ -118,11 +121,28 @@ def choose_amp(device: str, wanted: JsonValue) -> bool | str:
     return False
 
 
-def choose_workers(workers: int | None) -> int:
-    if workers is not None:
-        return workers
+def choose_workers(config: TrainConfig, shared_bytes: int | None) -> int:
+    """As wished; else by cores, and no more than the memory that processes share has room for: 64 MB where a container got none."""
+    if config.workers is not None:
+        return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_WORKERS, cores)
+    chosen = min(MAX_WORKERS, cores)
+    if shared_bytes is None:
+        return chosen
+    batch = DEFAULT_BATCH if config.batch_size == "auto" else config.batch_size
+    room = shared_bytes // (BATCHES_PER_WORKER * batch * 3 * config.image_size**2)
+    if room < chosen:
+        log.warning("%d data-loading processes, not %d: %s has %d MB free", room, chosen, SHARED_MEMORY, shared_bytes // 10**6)
+    return min(chosen, room)
+
+
+def read_shared_memory() -> int | None:
+    """Bytes that are free for what processes share; None where the system has no such folder."""
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except FileNotFoundError:
+        return None
+    return found.f_bavail * found.f_frsize
 
 
 def choose_batch(batch: int | str, device: str) -> int:
@@ -152,7 +172,7 @@ def build_arguments(config: TrainConfig, device: str) -> dict[str, Any]:
         "batch": choose_batch(config.batch_size, device),
         "imgsz": config.image_size,
         "optimizer": optimizer,
-        "workers": choose_workers(config.workers),
+        "workers": choose_workers(config, read_shared_memory()),
         "seed": config.seed,
         "patience": config.patience or 0,  # 0: never stop early
         "device": device,
