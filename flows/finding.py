@@ -19,10 +19,10 @@ def list_runs() -> Listing:
     return outputs.list_runs()
 
 
-def remember_profile(name: str) -> None:
-    """Notes where the profile keeps its runs, and how that is reached."""
+def remember_profile(name: str, output: str | None = None) -> None:
+    """Notes where runs of the profile are kept, and how that is reached, so that those which others began are found here."""
     prefect_settings.apply_defaults()
     from blocks.profiles import load_profile
 
     profile = load_profile(name)
-    outputs.remember_output(profile.choose_output(None), profile.access)
+    outputs.remember_output(profile.choose_output(output), profile.access)
