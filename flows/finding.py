@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from blocks import outputs
 from blocks.outputs import Listing
 from blocks.record import RunRecord
 from flows import prefect_settings
+from trainer.contract import TrainyardError
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import BlockDocument
 
 
 def find_run(name: str) -> RunRecord:
@@ -26,3 +33,36 @@ def remember_profile(name: str, output: str | None = None) -> None:
 
     profile = load_profile(name)
     outputs.remember_output(profile.choose_output(output), profile.access)
+
+
+_learned: set[tuple[str, str]] = set()
+
+
+def learn_outputs(client: SyncPrefectClient) -> list[str]:
+    """Notes where the runs of every saved profile are kept: a machine that looks after runs may never have begun one.
+
+    Returns a line for each profile that says nothing of use.
+    """
+    from blocks.profiles import PROFILES
+
+    lines: list[str] = []
+    for kind in PROFILES:
+        for document in _documents(client, kind.get_block_type_slug()):
+            state = (str(document.id), str(document.updated))
+            if document.name is None or state in _learned:
+                continue
+            try:
+                remember_profile(document.name)
+            except TrainyardError as exc:
+                lines.append(f"profile {document.name}: {exc}")
+            _learned.add(state)
+    return lines
+
+
+def _documents(client: SyncPrefectClient, slug: str) -> list[BlockDocument]:
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        return client.read_block_documents_by_type(slug, include_secrets=False)
+    except ObjectNotFound:  # nobody has saved one, nor run `trainyard install`
+        return []

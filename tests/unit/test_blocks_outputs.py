@@ -3,13 +3,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from blocks.claims import has_record
 from blocks.credentials import AccessRef
 from blocks.driving import driven_runs
-from blocks.errors import RunNotFound, ServiceUnavailable
+from blocks.errors import ConfigError, RunNotFound, ServiceUnavailable
 from blocks.outputs import Output, all_runs, default_output_uri, find_run, known_outputs, list_runs, remember_output
 from blocks.record import RunRecord
 from tests.unit.test_blocks_record import run_file
@@ -28,19 +29,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_output_is_noted_with_how_it_is_reached(home: Path) -> None:
     access = AccessRef("https://store.example", "aws-credentials/prod")
-    remember_output("s3://bucket/runs/", access)
+    remember_output("s3://bucket/runs/")
+    remember_output("s3://bucket/runs", AccessRef("https://old.example"))
     remember_output("s3://bucket/runs", access)
     remember_output("s3://bucket/runs")
     remember_output(str(home / "else where"), access)
     elsewhere = (home / "else where").as_uri()
-    assert set(known_outputs()) == {
-        Output(default_output_uri()),
-        Output(elsewhere),
-        Output("s3://bucket/runs"),
-        Output("s3://bucket/runs", access),
-    }
-    assert (home / "outputs").is_dir()
-    assert len(list((home / "outputs").iterdir())) == 3
+    assert set(known_outputs()) == {Output(default_output_uri()), Output(elsewhere), Output("s3://bucket/runs", access)}
 
 
 def test_an_output_that_does_not_answer_hides_no_other(home: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -83,3 +78,33 @@ def test_saved_credentials_are_loaded_when_they_are_needed_and_once(monkeypatch:
     assert access.resolve(record.uri) is access.resolve("s3://another/one")
     assert loaded == ["aws-credentials/lazy"]
     assert AccessRef().resolve("s3://bucket") is None
+
+
+def test_whoever_looks_after_runs_learns_where_the_profiles_keep_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.exceptions import ObjectNotFound
+
+    from blocks import profiles
+    from flows.finding import learn_outputs
+
+    saved = [SimpleNamespace(id=number, updated="today", name=name) for number, name in enumerate(("bucket", "broken"))]
+    monkeypatch.setattr(profiles, "PROFILES", (profiles.LocalProfile,))
+    loaded: list[str] = []
+
+    def load(name: str) -> profiles.Profile:
+        loaded.append(name)
+        return profiles.LocalProfile(slots=1, output="s3://of-a-profile/runs", store_endpoint=NOWHERE) if name == "bucket" else broken()
+
+    def broken() -> profiles.Profile:
+        raise ConfigError("it is of no use")
+
+    monkeypatch.setattr(profiles, "load_profile", load)
+    client = SimpleNamespace(read_block_documents_by_type=lambda _slug, *, include_secrets: saved)
+    assert learn_outputs(cast("Any", client)) == ["profile broken: it is of no use"]
+    assert Output("s3://of-a-profile/runs", AccessRef(NOWHERE)) in known_outputs()
+    assert learn_outputs(cast("Any", client)) == []
+    assert loaded == ["bucket", "broken"], "once, until somebody changes them"
+
+    def unknown(_slug: str, *, include_secrets: bool) -> list[Any]:
+        raise ObjectNotFound(Exception("no such type"))
+
+    assert learn_outputs(cast("Any", SimpleNamespace(read_block_documents_by_type=unknown))) == []
