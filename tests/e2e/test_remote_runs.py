@@ -204,7 +204,6 @@ def test_a_lost_pod_is_replaced_and_cleaned_away_at_the_end(remote: Remote, shap
     wait_for("a checkpoint", lambda: remote.objects(f"runs/{run_id}/attempts/1/checkpoints/epoch-"), 60)
     for process in [one for one in psutil.process_iter(["cmdline"]) if run_id in " ".join(one.info["cmdline"] or [])]:
         process.kill()
-    (remote.cluster / f"ty-{run_id}-1.exit").unlink(missing_ok=True)
     assert training.wait(180) == 0, (remote.stack.folder / "lost.log").read_text()
     epochs = [
         [json.loads(line)["epoch"] for line in remote.read(f"runs/{run_id}/attempts/{number}/progress.jsonl").splitlines()]
