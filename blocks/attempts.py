@@ -95,13 +95,17 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
     restarts = (event for event in record.events() if event.kind == RESTART and event.data.get("attempt") == ref.attempt)
     status = as_restart(status, next((event.message for event in restarts), ""))
     result = collect_what_there_is(provider, ref, status)
-    asked = record.cancel_request(ref.attempt)
+    wish = asked = record.cancel_request(ref.attempt)
     succeeded = status.state is JobState.SUCCEEDED
     if asked is None and status.reason is FailureReason.TIMEOUT:
         # The provider itself held the job to its time: a stop like any other, with a receipt.
         ended = status.ended_at or status.observed_at
         asked = CancelRequest(attempt=ref.attempt, asked_by=DEADLINE, why=status.message, asked_at=ended)
     if asked is not None and not succeeded:
+        # Whatever ended it, a pod that was pre-empted, say: after a wish to stop, nothing follows.
+        over_time = asked.asked_by == DEADLINE
+        state, reason = (JobState.FAILED, FailureReason.TIMEOUT) if over_time else (JobState.CANCELLED, None)
+        status = status.model_copy(update={"state": state, "reason": reason})
         record.write_receipt(
             ref.attempt,
             Receipt(
@@ -114,14 +118,11 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
                 cost_usd=status.cost_usd,
             ),
         )
-    state, reason = status.state, status.reason
-    if asked is not None and not succeeded:
-        # Whatever ended it: after a wish to stop, nothing follows.
-        over_time = asked.asked_by == DEADLINE
-        state, reason = (JobState.FAILED, FailureReason.TIMEOUT) if over_time else (JobState.CANCELLED, None)
+        if wish is not None:
+            provider.cancel(ref)  # over, and proven: what is left of the job may go
     outcome = Outcome(
-        state=state,
-        reason=reason,
+        state=status.state,
+        reason=status.reason,
         message=status.message,
         hint=status.hint,
         exit_code=status.exit_code,

@@ -57,19 +57,22 @@ def default_output_uri() -> str:
 
 
 def remember_output(output_uri: str, access: AccessRef = AccessRef()) -> None:  # noqa: B008 - frozen
-    """Notes an output, so that `trainyard runs` looks there too."""
+    """Notes an output, so that `trainyard runs` looks there too. Of one that is known, how it is reached now."""
     uri = to_uri(output_uri)
-    note = uri
-    if is_bucket(uri) and access != AccessRef():
-        note = json.dumps({"uri": uri, "endpoint": access.endpoint, "credentials": access.credentials})
-    ObjectFolder(str(home())).create(f"outputs/{fingerprint(note)[:16]}", note.encode())
+    name, folder = f"outputs/{fingerprint(uri)[:16]}", ObjectFolder(str(home()))
+    if not is_bucket(uri) or access == AccessRef():
+        folder.create(name, uri.encode())
+        return
+    note = json.dumps({"uri": uri, "endpoint": access.endpoint, "credentials": access.credentials}).encode()
+    if folder.get(name) != note:
+        folder.put(name, note)
 
 
 def known_outputs() -> list[Output]:
     folder = ObjectFolder(str(home()))
     noted = (folder.get(f"outputs/{name}") for name in folder.names("outputs"))
     found = {Output(default_output_uri()), *(_parse_note(data.decode()) for data in noted if data)}
-    return sorted(found, key=lambda output: (output.uri, str(output.access)))
+    return sorted(found, key=lambda output: output.uri)
 
 
 def _parse_note(text: str) -> Output:

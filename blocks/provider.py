@@ -192,7 +192,10 @@ class Provider(ABC, Generic[Settings]):
 
     @abstractmethod
     def cancel(self, ref: JobRef) -> None:
-        """Asks the job to stop and returns. Already ended or missing is fine."""
+        """Asks the job to stop and returns. Already ended or missing is fine.
+
+        Asked once more when the job was stopped and its receipt is written: what is left of it may then be removed.
+        """
 
     def collect(self, ref: JobRef, *, allow_partial: bool = False) -> Result:
         """The job's verified result. Raises ResultMissing where the manifest is absent, another attempt's, or a file differs from it.

@@ -42,13 +42,14 @@ def train(dataset: str, new: bool, run_key: str | None, as_json: bool, **options
 
     Killed or closed, the training goes on; the same command attaches to it again.
     """
-    from flows.running import print_failure, run_and_print, run_claimed, run_keyed
+    from flows.running import learn_output, print_failure, run_and_print, run_claimed, run_keyed
 
     if new and run_key:
         raise click.UsageError("--new and --run-key exclude each other: a key stands for one run")
     request = build_request(dataset, options)
     try:
         require_files(request)
+        learn_output(request)
     except TrainyardError as exc:
         if as_json:
             print_failure(exc, None)

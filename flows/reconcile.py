@@ -27,6 +27,7 @@ from pydantic import ValidationError
 from blocks.attempts import Action, Step, cancel_run, close, next_step_of, provider_of
 from blocks.driving import Driver, announce, driven_runs, drivers, forget, is_alive
 from blocks.record import RunFile, RunRecord
+from flows.finding import learn_outputs
 from flows.identity import record_of_flow_run
 from flows.telling import tell_news
 from trainer.contract import AttemptLayout, TrainyardError, utc_now
@@ -100,6 +101,7 @@ def reconcile_pass() -> list[str]:
     """One look at all runs. Returns a line per thing done; what could not be done is a line too, and tried again at the next look."""
     done: list[str] = []
     with get_client(sync_client=True) as client:
+        done += learn_outputs(client)
         silent: list[str] = []
         for record in driven_runs(lambda output, exc: silent.append(f"not looked at: {output.uri}: {exc}")):
             try:

@@ -23,14 +23,25 @@ from blocks.outputs import all_runs, look_everywhere
 from blocks.record import RunRecord, describe_dataset_change, describe_difference, request_hash
 from flows import prefect_settings
 from flows.display import TrainingDisplay, stderr_console
+from flows.finding import remember_profile
 from flows.reporting_text import format_cost, format_figure, format_seconds, place
 from trainer.contract import AttemptLayout, ExitCode, RunLayout, TrainyardError
 from trainer.storage import is_bucket, to_path
 
+TEMPORARY_SERVER = "starting a temporary Prefect server for this run: about half a minute (`trainyard up` keeps one running)"
 SUMMARY = ("run_id", "name", "state", "model_uri", "manifest_uri", "metrics", "metrics_split", "cost_usd", "duration_seconds")
 
 
 # --- Which run --------------------------------------------------------------------------------------------
+
+
+def learn_output(request: TrainRequest) -> None:
+    """Where the profile keeps its runs: an open one of this request, which another machine began, is then found here."""
+    if request.profile != "local":
+        prefect_settings.apply_defaults()
+        if prefect_settings.require_server() is None:
+            stderr_console().print(TEMPORARY_SERVER, markup=False, soft_wrap=True)
+        remember_profile(request.profile, request.output)
 
 
 def run_claimed(request: TrainRequest, as_json: bool) -> None:
@@ -103,7 +114,7 @@ def run_and_print(
 
     try:
         if prefect_settings.require_server() is None:
-            display.say("starting a temporary Prefect server for this run: about half a minute (`trainyard up` keeps one running)")
+            display.say(TEMPORARY_SERVER)
         from flows.train import LISTENER, train
 
         # Log lines that Prefect's server does not take: the record has all, and the end tells.

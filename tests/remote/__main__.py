@@ -20,14 +20,13 @@ def main() -> None:
     profiles.PROFILES = (*profiles.PROFILES, RemoteProfile)
     if sys.argv[1] == "save-profile":  # NAME, and the fields
         from prefect_aws import AwsCredentials
-        from pydantic import SecretStr
 
         fields = dict(pair.split("=", 1) for pair in sys.argv[3:])
         if key := fields.pop("key", ""):
             AwsCredentials.register_type_and_schema()
-            AwsCredentials(aws_access_key_id=key, aws_secret_access_key=SecretStr(os.environ["SECRET"]), region_name="us-east-1").save(
-                "remote-store", overwrite=True
-            )
+            secret = SecretStr(os.environ["SECRET"])
+            credentials = AwsCredentials(aws_access_key_id=key, aws_secret_access_key=secret, region_name="us-east-1")
+            credentials.save("remote-store", overwrite=True)
             fields["store_credentials"] = "aws-credentials/remote-store"
         RemoteProfile.register_type_and_schema()
         RemoteProfile.model_validate(fields).save(sys.argv[2], overwrite=True)

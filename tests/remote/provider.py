@@ -32,7 +32,8 @@ from trainer.contract import AttemptLayout, UserInput
 
 ROOT = Path(__file__).parents[2]
 # As a kubelet: starts the container, and keeps its process id and its exit code.
-KUBELET = 'trap "" HUP; "$@" & echo $! > "$0.pid"; wait $!; echo $? > "$0.exit"'
+KUBELET = 'echo $$ > "$0.kubelet"; "$@" & echo $! > "$0.pid"; wait $!; echo $? > "$0.exit"'
+NOBODYS_CHILD = ("sh", "-c", '"$@" &', "sh")
 
 
 class RemoteSettings(UserInput):
@@ -128,14 +129,15 @@ class RemoteProvider(Provider[RemoteSettings]):
             *("--max-runtime-seconds", str(plan.spec.max_runtime_seconds)),
         ]
         with job.with_suffix(".log").open("ab") as output:
-            subprocess.Popen(
-                ["sh", "-c", KUBELET, str(job.with_suffix("")), *trainer],
+            subprocess.run(
+                [*NOBODYS_CHILD, "sh", "-c", KUBELET, str(job.with_suffix("")), *trainer],
                 cwd=scratch,
                 env={**environment, **identity, **endpoint, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch), "HOME": str(scratch)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                check=True,
             )
 
     def _job(self, name: str) -> Path:
@@ -145,7 +147,7 @@ class RemoteProvider(Provider[RemoteSettings]):
     def _is_alive(job: Path) -> bool:
         """Not yet started counts as alive."""
         try:
-            process = psutil.Process(int(job.with_suffix(".pid").read_text()))
+            process = psutil.Process(int(job.with_suffix(".kubelet").read_text()))
             return process.status() != psutil.STATUS_ZOMBIE
         except (FileNotFoundError, ValueError):
             return True

@@ -113,3 +113,23 @@ def test_a_job_stopped_at_its_time_has_a_receipt_and_is_no_cancel(tmp_path: Path
     receipt = record.receipt(1)
     assert receipt is not None
     assert receipt.asked_by == "deadline"
+
+
+def test_a_stop_that_looks_like_a_preemption_is_told_as_cancelled_and_then_cleared_away(tmp_path: Path) -> None:
+    """A container is told to end by the same signal, whoever wants it; the job goes when its receipt is written."""
+    record = RunRecord(str(tmp_path), "stop9999")
+    record.write_plan(make_plan(record))
+    record.request_cancel(CancelRequest(attempt=1, asked_by="me"))
+    ref = JobRef(provider="local", native_id="x", run_id="stop9999", attempt=1, output_uri=record.attempt_uri(1), fingerprint="f")
+    cleared: list[bool] = []
+
+    class Stopped(Ending):
+        def cancel(self, _ref: JobRef) -> None:
+            cleared.append(record.receipt(1) is not None)
+
+    status = JobStatus(state=JobState.FAILED, reason=FailureReason.PREEMPTED, message="told to stop (SIGTERM)")
+    outcome = close(Stopped(), record, ref, status)  # type: ignore[arg-type]
+    assert (outcome.state, outcome.reason) == (JobState.CANCELLED, None)
+    assert outcome.status is not None
+    assert (outcome.status.state, outcome.status.reason) == (JobState.CANCELLED, None)
+    assert cleared == [True]

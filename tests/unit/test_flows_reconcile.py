@@ -78,6 +78,7 @@ def test_one_damaged_record_does_not_keep_the_others_waiting(tmp_path: Path, mon
             "drivers/x.json", Driver(flow_run_id=str(uuid4()), host="elsewhere", pid=1, pid_created_at=1.0).model_dump_json().encode()
         )
     monkeypatch.setattr(reconcile, "get_client", lambda **_: nullcontext())
+    monkeypatch.setattr(reconcile, "learn_outputs", lambda _: [])
     monkeypatch.setattr(reconcile, "find_flow_run", lambda *_: None)
     monkeypatch.setattr(reconcile, "restart_unstarted", lambda _: [])
     told = reconcile.reconcile_pass()
