@@ -13,8 +13,8 @@ from blocks.job import CheckLine, CheckReport, JobSpec
 from blocks.providers.kubernetes_capacity import build_gpu_lines, build_quota_lines
 from blocks.providers.kubernetes_client import ApiError, BadCredentials, Cluster, NoAnswer, translate
 from blocks.providers.kubernetes_objects import Object, children, word
-from blocks.providers.kubernetes_request import NAME, build_job
-from blocks.providers.kubernetes_settings import ANY, InstanceClass, KubernetesSettings
+from blocks.providers.kubernetes_request import build_job
+from blocks.providers.kubernetes_settings import ANY, NAME, InstanceClass, KubernetesSettings
 from trainer.contract import DatasetRef, TrainConfig
 
 LEAST_MINOR = 31  # since then the fields that a Job of ours has are all stable
