@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -63,11 +64,12 @@ class Jobs:
     namespace: str
     output_uri: str
     image: str
+    login: Path | None = None
 
     def settings(self, script: str = WAIT, **changes: Any) -> KubernetesSettings:
         return KubernetesSettings.model_validate(
             {
-                "kubeconfig_path": str(self.cluster.admin),
+                "kubeconfig_path": str(self.login or self.cluster.admin),
                 "namespace": self.namespace,
                 "env": {"SCRIPT": script},
                 "instance_classes": SMALL_CLASS,

@@ -169,7 +169,14 @@ def test_a_deleted_pod_is_followed_by_another_and_both_logs_are_read(jobs: Jobs)
 
 CAUSES = [
     ("sleep 60", {"instance_classes": {"gpu": {"gpus": 16}}}, {}, FailureReason.CAPACITY, "no free nvidia.com/gpu", "grep"),
-    ("sleep 60", {"instance_classes": {"big": {"memory_gib": 30000}}}, {}, FailureReason.CAPACITY, "not enough memory", "memory_gib"),
+    (
+        "sleep 60",
+        {"instance_classes": {"big": {"cpus": 0.05, "memory_gib": 30000}}},
+        {},
+        FailureReason.CAPACITY,
+        "not enough memory",
+        "memory_gib",
+    ),
     ("sleep 60", {"instance_classes": {"far": {"node_selector": {"no": "such"}}}}, {}, FailureReason.CONFIG, "node", "node_selector"),
     ("sleep 60", {"env_secret": "missing"}, {}, FailureReason.CONFIG, "'missing'", "kubectl create secret"),
     ("sleep 60", {"service_account": "missing"}, {}, FailureReason.CONFIG, "service account", "serviceaccount missing"),
@@ -215,7 +222,7 @@ def test_quota_and_unbound_claim_are_told(jobs: Jobs) -> None:
 
 ENDS = [
     ("echo bad config > /dev/termination-log; exit 78", FailureReason.CONFIG, "bad config"),
-    ("echo it raised; exit 70", FailureReason.USER_CODE, "exit code 70"),
+    ("echo it raised; exit 70", FailureReason.USER_CODE, "it raised"),
     ("x=x; while true; do x=$x$x; done", FailureReason.OUT_OF_MEMORY, "OOMKilled"),
 ]
 
@@ -275,6 +282,22 @@ def test_every_way_to_log_in(jobs: Jobs, cluster: Cluster) -> None:
         assert "create jobs" in lines["rights"].message
         assert "kubectl apply" in lines["rights"].fix
         assert token not in report.model_dump_json()
+
+
+def test_a_pod_is_who_its_service_account_is(jobs: Jobs, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kubernetes.config import incluster_config
+
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "token").write_text(cluster.token(jobs.namespace, "default"))
+    address, _, port = cluster.server.removeprefix("https://").rpartition(":")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", address)
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", port)
+    monkeypatch.setattr(kubernetes_client, "SERVICE_ACCOUNT", tmp_path)
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(cluster.certificate))
+    lines = {line.name: line for line in jobs.provider(kubeconfig_path="").check().lines}
+    assert lines["identity"].message == f"system:serviceaccount:{jobs.namespace}:default"
 
 
 def test_refused_logins_are_told(jobs: Jobs, cluster: Cluster) -> None:
