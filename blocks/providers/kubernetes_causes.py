@@ -114,6 +114,10 @@ def explain_events(events: list[Object]) -> Cause | None:
         reason, text = word(event, "reason"), word(event, "message")
         if reason == "FailedCreate":
             return explain_failed_create(text)
+        if reason == "FailedCreatePodSandBox":
+            return Cause(
+                FailureReason.INFRASTRUCTURE, f"the node cannot set up the pod: {text}", "look at the node's network plugin and kubelet"
+            )
         if reason in ("FailedMount", "FailedAttachVolume"):
             if found := re.search(r'(secret|configmap) "([^"]+)" not found', text):
                 return Cause(

@@ -13,8 +13,8 @@ from blocks.job import CheckLine, CheckReport, JobSpec
 from blocks.providers.kubernetes_capacity import build_gpu_lines, build_quota_lines
 from blocks.providers.kubernetes_client import ApiError, BadCredentials, Cluster, NoAnswer, translate
 from blocks.providers.kubernetes_objects import Object, children, word
-from blocks.providers.kubernetes_request import NAME, build_job
-from blocks.providers.kubernetes_settings import ANY, InstanceClass, KubernetesSettings
+from blocks.providers.kubernetes_request import build_job
+from blocks.providers.kubernetes_settings import ANY, NAME, InstanceClass, KubernetesSettings
 from trainer.contract import DatasetRef, TrainConfig
 
 LEAST_MINOR = 31  # since then the fields that a Job of ours has are all stable
@@ -25,7 +25,14 @@ RIGHTS = (
     ("", "pods", "log", ("get",)),
     ("", "events", "", ("list",)),
 )
-RBAC = "kubectl apply -f deployments/kubernetes/rbac.yaml"
+MANIFESTS = "deployments/kubernetes"
+
+
+def apply_line(file: str, namespace: str) -> str:
+    """How a shipped manifest gets into a namespace."""
+    if namespace == "trainyard":
+        return f"kubectl apply -f {MANIFESTS}/{file}"
+    return f"sed 's/namespace: trainyard/namespace: {namespace}/' {MANIFESTS}/{file} | kubectl apply -f -"
 
 
 class Check:
@@ -93,7 +100,9 @@ class Check:
         message = f"all that a run needs in namespace {self.settings.namespace}"
         if missing:
             message = f"not allowed in namespace {self.settings.namespace}: {', '.join(missing)}"
-        yield CheckLine(name="rights", ok=not missing, message=message, fix=f"{RBAC} -n {self.settings.namespace}" if missing else "")
+        yield CheckLine(
+            name="rights", ok=not missing, message=message, fix=apply_line("rbac.yaml", self.settings.namespace) if missing else ""
+        )
 
     def _dry_run(self) -> CheckLine:
         """A Job as a run's would be: schema, pod_patch, admission, quota of Jobs."""
@@ -133,9 +142,7 @@ class Check:
         space = self.settings.namespace
         found = self._get(f"/api/v1/namespaces/{space}/persistentvolumeclaims/{name}")
         if isinstance(found, CheckLine):
-            return found.model_copy(
-                update={"name": "shared cache", "fix": found.fix or "kubectl apply -f deployments/kubernetes/cache.yaml"}
-            )
+            return found.model_copy(update={"name": "shared cache", "fix": found.fix or apply_line("cache.yaml", space)})
         phase, modes = word(found, "status", "phase"), ", ".join(found["spec"].get("accessModes") or [])
         fix = f"kubectl describe pvc {name} -n {space}   (has its StorageClass a provisioner?)"
         if phase == "Pending" and self._binds_late(word(found, "spec", "storageClassName")):

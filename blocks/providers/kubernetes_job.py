@@ -27,15 +27,12 @@ from blocks.providers.kubernetes_objects import Object, by_age, child, children,
 from blocks.providers.kubernetes_request import (
     CANCELLED_AT,
     FINGERPRINT,
-    NAME,
     OUTPUT,
-    OWN_PREFIX,
     build_request,
-    find_price,
     with_fingerprint,
     without_volatile,
 )
-from blocks.providers.kubernetes_settings import KubernetesSettings
+from blocks.providers.kubernetes_settings import NAME, OWN_PREFIX, KubernetesSettings, find_price
 from blocks.providers.kubernetes_status import Native, parse_status, status_of_vanished
 from trainer.contract import AttemptLayout, ExitRecord, Progress, StoredRecord, TrainJob, UserInput, utc_now
 from trainer.storage import ObjectFolder
@@ -159,7 +156,8 @@ class KubernetesProvider(Provider[KubernetesSettings]):
         return request, instance_class, self.settings.namespace
 
     def _price(self, spec: JobSpec, instance_type: str, region: str) -> Price | None:
-        return find_price(self.settings, instance_type, spot=spec.resources.spot)
+        kind = self.settings.instance_classes.get(instance_type)
+        return None if kind is None else find_price(instance_type, kind, spot=spec.resources.spot)
 
     def _identity(self, request: dict[str, JsonValue]) -> dict[str, JsonValue]:
         return without_volatile(request)

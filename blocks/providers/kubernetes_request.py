@@ -8,12 +8,12 @@ from typing import Any, cast
 
 from pydantic import JsonValue
 
-from blocks.job import JobSpec, Price
+from blocks.job import JobSpec
 from blocks.naming import job_name, slug
-from blocks.pricing import lookup_price
 from blocks.providers.kubernetes_objects import CONTAINER
 from blocks.providers.kubernetes_patch import merge_patch
 from blocks.providers.kubernetes_settings import (
+    NAME,
     OWN_PREFIX,
     SPOT_SELECTORS,
     SPOT_TOLERATIONS,
@@ -21,10 +21,10 @@ from blocks.providers.kubernetes_settings import (
     KubernetesSettings,
     Toleration,
     choose_class,
+    find_price,
 )
 from trainer.contract import AttemptLayout, ExitCode, TrainJob
 
-NAME = "kubernetes"
 MANAGED_BY = {"app.kubernetes.io/managed-by": "trainyard"}
 FINGERPRINT = f"{OWN_PREFIX}fingerprint"
 OUTPUT = f"{OWN_PREFIX}output-uri"
@@ -72,7 +72,7 @@ def build_config(spec: JobSpec, settings: KubernetesSettings) -> dict[str, JsonV
 def build_job(spec: JobSpec, settings: KubernetesSettings, class_name: str, kind: InstanceClass) -> dict[str, JsonValue]:
     labels = build_labels(spec, settings)
     annotations = {f"{OWN_PREFIX}{key}": value for key, value in _words(spec).items() if value}
-    price = find_price(settings, class_name, spot=spec.resources.spot)
+    price = find_price(class_name, kind, spot=spec.resources.spot)
     of_job: dict[str, JsonValue] = {
         **settings.annotations,
         **annotations,
@@ -111,12 +111,14 @@ def build_failure_policy() -> dict[str, JsonValue]:
     return {
         "rules": [
             {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-            {
-                "action": "FailJob",
-                "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [int(code) for code in FATAL_EXITS]},
-            },
+            _on_exits("Ignore", IGNORED_EXITS),
+            _on_exits("FailJob", FATAL_EXITS),
         ]
     }
+
+
+def _on_exits(action: str, codes: tuple[int, ...]) -> dict[str, JsonValue]:
+    return {"action": action, "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": list(codes)}}
 
 
 def build_labels(spec: JobSpec, settings: KubernetesSettings) -> dict[str, JsonValue]:
@@ -256,17 +258,6 @@ def mebibytes(gib: float) -> str:
 
 
 # --- Around it -----------------------------------------------------------------------------------------------
-
-
-def find_price(settings: KubernetesSettings, class_name: str, *, spot: bool) -> Price | None:
-    """The profile's own price, else the list's for the machine. Spot without a price of its own counts as on demand."""
-    kind = settings.instance_classes.get(class_name)
-    if kind is None:
-        return None
-    own = kind.spot_usd_per_hour if spot and kind.spot_usd_per_hour is not None else kind.usd_per_hour
-    if own is not None:
-        return Price(usd_per_hour=own, as_of="now", source="the profile")
-    return lookup_price(NAME, kind.machine or class_name, "*")
 
 
 def without_volatile(request: dict[str, JsonValue]) -> dict[str, JsonValue]:

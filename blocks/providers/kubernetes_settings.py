@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, JsonValue, SecretStr, StringConstraints, field_validator, model_validator
 
 from blocks.errors import ConfigError
-from blocks.job import Resources
+from blocks.job import Price, Resources
+from blocks.pricing import lookup_price
 from blocks.providers.kubernetes_patch import check_pod_patch
 from trainer.contract import UserInput
 
@@ -17,6 +18,7 @@ LABEL_VALUE = re.compile(r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$")
 LABEL_KEY = re.compile(r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 SECRET_NAME = re.compile(r"(?i)(secret|password|passwd|token|credential|private|(access|api|account|sas)_?key)")
+NAME = "kubernetes"
 OWN_PREFIX = "trainyard.io/"
 Platform = Literal["", "eks", "karpenter", "gke", "aks"]
 
@@ -212,7 +214,7 @@ def choose_class(settings: KubernetesSettings, resources: Resources) -> tuple[st
     if not fitting:
         reasons = "; ".join(f"{name} has {', '.join(_lacks(kind, resources))}" for name, kind in sorted(classes.items()))
         raise ConfigError(f"no instance class of the profile fits: {reasons}", hint="ask for less, or add a class to the profile")
-    name = min(fitting, key=lambda name: (*_size(fitting[name]), name))
+    name = min(fitting, key=lambda name: _size(name, fitting[name], spot=resources.spot))
     return name, fitting[name]
 
 
@@ -226,8 +228,17 @@ def _class_as_asked(resources: Resources) -> InstanceClass:
     return InstanceClass.model_validate(values)
 
 
-def _size(kind: InstanceClass) -> tuple[float, int, float, float]:
-    return (kind.usd_per_hour if kind.usd_per_hour is not None else float("inf"), kind.gpus, kind.memory_gib, kind.cpus)
+def _size(name: str, kind: InstanceClass, *, spot: bool) -> tuple[float, int, float, float, str]:
+    price = find_price(name, kind, spot=spot)
+    return (price.usd_per_hour if price is not None else float("inf"), kind.gpus, kind.memory_gib, kind.cpus, name)
+
+
+def find_price(name: str, kind: InstanceClass, *, spot: bool) -> Price | None:
+    """The profile's own price, else the list's for the machine. Spot without a price of its own counts as on demand."""
+    own = kind.spot_usd_per_hour if spot and kind.spot_usd_per_hour is not None else kind.usd_per_hour
+    if own is not None:
+        return Price(usd_per_hour=own, as_of="now", source="the profile")
+    return lookup_price(NAME, kind.machine or name, "*")
 
 
 def _lacks(kind: InstanceClass, resources: Resources) -> list[str]:

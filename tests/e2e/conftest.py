@@ -11,10 +11,11 @@ import pytest
 from tests.cluster.rig import cluster, namespace
 from tests.docker_engine import docker_engine
 from tests.stack import Stack, running_stack
+from tests.stores import no_cloud, s3
 from tests.trainer_image import trainer_image
 from tests.yard import yard, yard_shapes
 
-__all__ = ["cluster", "docker_engine", "namespace", "shapes", "stack", "trainer_image", "worker", "yard", "yard_shapes"]
+__all__ = ["cluster", "docker_engine", "namespace", "no_cloud", "s3", "shapes", "stack", "trainer_image", "worker", "yard", "yard_shapes"]
 
 
 @pytest.fixture(scope="session")

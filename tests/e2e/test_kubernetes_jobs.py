@@ -1,0 +1,328 @@
+"""The Kubernetes provider on a real cluster: one Job per attempt, its causes in words, logs, cancel, and what becomes of it by time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from blocks.errors import AuthError, ConfigError, JobNotFound, PlanChanged, ServiceUnavailable
+from blocks.job import FailureReason, JobRef, JobState, Resources
+from blocks.provider import Provider
+from blocks.providers import kubernetes_client
+from blocks.providers.kubernetes_client import NoAnswer
+from blocks.providers.kubernetes_job import KubernetesProvider
+from tests.cluster.cluster import Cluster
+from tests.kubernetes_jobs import WAIT, Jobs, ended, jobs_in, watch
+from tests.stores import StoreServer
+from trainer.contract import AttemptLayout, ExitRecord, utc_now
+from trainer.storage import ObjectFolder
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "kubernetes"
+pytestmark = [pytest.mark.cluster, pytest.mark.e2e]
+
+
+@pytest.fixture
+def jobs(cluster: Cluster, s3: StoreServer, monkeypatch: pytest.MonkeyPatch, no_cloud: None) -> Iterator[Jobs]:
+    with jobs_in(cluster, s3, monkeypatch) as made:
+        yield made
+
+
+def submit(provider: KubernetesProvider, jobs: Jobs, **changes: object) -> JobRef:
+    return provider.submit(provider.plan(jobs.spec(**changes)))  # type: ignore[arg-type]
+
+
+def read_log(provider: Provider, ref: JobRef, seconds: float = 60) -> list[str]:  # type: ignore[type-arg]
+    lines: list[str] = []
+    cursor, deadline = "", time.monotonic() + seconds
+    while not (batch := provider.logs(ref, cursor)).ended:
+        lines += batch.lines
+        cursor = batch.cursor
+        assert time.monotonic() < deadline, lines[-3:]
+        if not batch.lines:
+            time.sleep(0.3)
+    return [*lines, *batch.lines]
+
+
+def test_the_server_takes_every_golden_job(cluster: Cluster) -> None:
+    provider = KubernetesProvider.from_settings({"kubeconfig_path": str(cluster.admin)})
+    cases = sorted(GOLDEN.glob("*.json"))
+    assert len(cases) >= 6
+    for case in cases:
+        body = json.loads(case.read_text())["job"]
+        body["metadata"]["namespace"] = "default"
+        query = {"dryRun": "All", "fieldValidation": "Strict"}
+        made = provider.cluster.call("POST", "/apis/batch/v1/namespaces/default/jobs", body=body, query=query)
+        assert made["spec"]["podFailurePolicy"] == body["spec"]["podFailurePolicy"], case.name
+    assert "ty-goldenrun123-1" not in json.dumps(cluster.get("jobs", "", "default"))
+
+
+def test_life_of_a_job(jobs: Jobs) -> None:
+    provider = jobs.provider("echo hello $@; i=0; while [ $i -lt 3000 ]; do i=$((i+1)); echo line $i; done; sleep 2; echo end")
+    plan = provider.plan(jobs.spec())
+    provider.check_plan(plan)
+    assert jobs.jobs() == []
+    ref = provider.submit(plan)
+    assert provider.submit(plan) == ref
+    seen = watch(provider, ref, ended, pause=0.2)
+    order = [JobState.QUEUED, JobState.STARTING, JobState.RUNNING, JobState.SUCCEEDED]
+    states = [status.state for status in seen]
+    assert states == sorted(states, key=order.index)
+    assert states[-1] is JobState.SUCCEEDED
+    assert seen[-1].cost_usd is not None
+    assert 0 < seen[-1].cost_usd < 1
+    lines = read_log(provider, ref)
+    assert lines == ["hello --max-runtime-seconds 600 --grace-seconds 5", *(f"line {number + 1}" for number in range(3000)), "end"]
+    assert [(found.native_id, status.state) for found, status in provider.list_jobs()] == [(ref.native_id, JobState.SUCCEEDED)]
+
+
+def test_a_lost_answer_makes_one_job(jobs: Jobs) -> None:
+    provider = jobs.provider()
+    plan = provider.plan(jobs.spec())
+    real = kubernetes_client.Cluster.call
+
+    def call(self: kubernetes_client.Cluster, method: str, path: str, **options: object) -> object:
+        answer = real(self, method, path, **options)  # type: ignore[arg-type]
+        if method == "POST":
+            raise NoAnswer(TimeoutError("read"), "cluster", unsent=False)
+        return answer
+
+    with mock.patch.object(kubernetes_client.Cluster, "call", call):
+        ref = provider.submit(plan)
+    assert provider.submit(plan) == ref
+    assert jobs.jobs() == [ref.native_id]
+    other = provider.plan(jobs.spec(ref.run_id, max_runtime_seconds=700))
+    with pytest.raises(PlanChanged):
+        provider.submit(other)
+
+
+def test_cancel_suspends_and_then_deletes(jobs: Jobs) -> None:
+    provider = jobs.provider()
+    ref = submit(provider, jobs)
+    watch(provider, ref, lambda status: status.native_state == "Running")
+    watch_log = provider.logs(ref)
+    provider.cancel(ref)
+    provider.cancel(ref)
+    seen = watch(provider, ref, ended, pause=0.2)
+    assert {status.state for status in seen} <= {JobState.STOPPING, JobState.CANCELLED}
+    assert seen[-1].state is JobState.CANCELLED
+    assert jobs.pods(ref) == []
+    assert jobs.jobs() == [ref.native_id]
+    provider.cancel(ref)
+    assert jobs.jobs() == []
+    assert provider.poll(ref).state is JobState.CANCELLED
+    provider.cancel(ref)
+    assert provider.logs(ref, watch_log.cursor).ended
+
+
+def test_a_job_that_time_or_a_hand_removed_is_never_made_again(jobs: Jobs) -> None:
+    provider = jobs.provider("true", keep_seconds=1)
+    plan = provider.plan(jobs.spec())
+    ref = provider.submit(plan)
+    deadline = time.monotonic() + 60
+    while jobs.jobs():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    again = provider.submit(plan)
+    assert (again.native_id, again.fingerprint) == (ref.native_id, ref.fingerprint)
+    assert jobs.jobs() == []
+    with pytest.raises(JobNotFound):
+        provider.poll(again)
+    record = ExitRecord(exit_code=0, started_at=utc_now())
+    ObjectFolder(ref.output_uri).put(AttemptLayout.EXIT, record.model_dump_json().encode())
+    assert provider.poll(again).state is JobState.SUCCEEDED
+
+    by_hand = jobs.provider()
+    plan = by_hand.plan(jobs.spec())
+    ref = by_hand.submit(plan)
+    ObjectFolder(ref.output_uri).put(AttemptLayout.EXIT, ExitRecord(exit_code=75, started_at=utc_now()).model_dump_json().encode())
+    jobs.cluster.kubectl("delete", "job", ref.native_id, "--namespace", jobs.namespace)
+    assert by_hand.submit(plan).native_id == ref.native_id
+    assert jobs.jobs() == []
+    assert by_hand.poll(ref).state is JobState.FAILED
+
+
+def test_a_deleted_pod_is_followed_by_another_and_both_logs_are_read(jobs: Jobs) -> None:
+    provider = jobs.provider('if [ ! -e /dev/null2 ]; then :; fi; echo "in $TRAINYARD_POD"; ' + WAIT)
+    ref = submit(provider, jobs)
+    watch(provider, ref, lambda status: status.native_state == "Running")
+    first = jobs.pods(ref)[0]["metadata"]["name"]
+    lines: list[str] = []
+    deadline, cursor = time.monotonic() + 60, ""
+    while len(lines) < 2 and time.monotonic() < deadline:
+        batch = provider.logs(ref, cursor)
+        lines, cursor = [*lines, *batch.lines], batch.cursor
+    jobs.cluster.kubectl("delete", "pod", first, "--namespace", jobs.namespace, "--wait=false")
+    watch(provider, ref, lambda status: status.native_state == "Running" and jobs.pods(ref)[0]["metadata"]["name"] != first)
+    while f"in {first}" in lines and len([line for line in lines if line.startswith("in ")]) < 2 and time.monotonic() < deadline:
+        batch = provider.logs(ref, cursor)
+        lines, cursor = [*lines, *batch.lines], batch.cursor
+    pods = [line for line in lines if line.startswith("in ")]
+    assert len(pods) == 2, lines
+    assert pods[0] != pods[1]
+    assert len(jobs.jobs()) == 1
+
+
+CAUSES = [
+    ("sleep 60", {"instance_classes": {"gpu": {"gpus": 16}}}, {}, FailureReason.CAPACITY, "no free nvidia.com/gpu", "grep"),
+    (
+        "sleep 60",
+        {"instance_classes": {"big": {"cpus": 0.05, "memory_gib": 30000}}},
+        {},
+        FailureReason.CAPACITY,
+        "not enough memory",
+        "memory_gib",
+    ),
+    ("sleep 60", {"instance_classes": {"far": {"node_selector": {"no": "such"}}}}, {}, FailureReason.CONFIG, "node", "node_selector"),
+    ("sleep 60", {"env_secret": "missing"}, {}, FailureReason.CONFIG, "'missing'", "kubectl create secret"),
+    ("sleep 60", {"service_account": "missing"}, {}, FailureReason.CONFIG, "service account", "serviceaccount missing"),
+    ("sleep 60", {"priority_class": "missing"}, {}, FailureReason.CONFIG, "priority class", "priority"),
+    ("sleep 60", {"enable_shared_cache": True, "cache_pvc": "missing"}, {}, FailureReason.CONFIG, "missing", "cache_pvc"),
+    ("sleep 60", {}, {"image": f"127.0.0.1:9/none@sha256:{'0' * 64}"}, FailureReason.IMAGE, "127.0.0.1:9", "reach"),
+]
+
+
+@pytest.mark.parametrize(("script", "settings", "changes", "reason", "told", "hint"), CAUSES)
+def test_why_a_job_does_not_start_is_told_in_words(
+    jobs: Jobs, script: str, settings: dict[str, object], changes: dict[str, object], reason: FailureReason, told: str, hint: str
+) -> None:
+    provider = jobs.provider(script, **settings)
+    ref = submit(provider, jobs, **changes)
+    status = watch(provider, ref, lambda status: status.reason is not None, seconds=30)[-1]
+    assert status.state in (JobState.QUEUED, JobState.STARTING)
+    assert (status.reason, told in status.message, hint in status.hint) == (reason, True, True), status
+
+
+def test_quota_and_unbound_claim_are_told(jobs: Jobs) -> None:
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "small"}, "spec": {"hard": {"requests.cpu": "10m"}}}
+    claim = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": "unbound"},
+        "spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}, "storageClassName": "none"},
+    }
+    jobs.cluster.apply(claim, namespace=jobs.namespace)
+    provider = jobs.provider(enable_shared_cache=True, cache_pvc="unbound")
+    status = watch(provider, submit(provider, jobs), lambda status: status.reason is not None, seconds=30)[-1]
+    assert "unbound" in status.message
+    assert "kubectl describe pvc" in status.hint
+    lines = {line.name: line for line in provider.check().lines}
+    assert not lines["shared cache"].ok
+
+    jobs.cluster.apply(quota, namespace=jobs.namespace)
+    provider = jobs.provider()
+    status = watch(provider, submit(provider, jobs), lambda status: status.reason is not None, seconds=30)[-1]
+    assert (status.state, status.reason) == (JobState.QUEUED, FailureReason.QUOTA)
+    assert "resourcequota" in status.hint
+
+
+ENDS = [
+    ("echo bad config > /dev/termination-log; exit 78", FailureReason.CONFIG, "bad config"),
+    ("echo it raised; exit 70", FailureReason.USER_CODE, "it raised"),
+    ("x=x; while true; do x=$x$x; done", FailureReason.OUT_OF_MEMORY, "OOMKilled"),
+]
+
+
+@pytest.mark.parametrize(("script", "reason", "told"), ENDS)
+def test_how_a_job_ended_is_told_in_words(jobs: Jobs, script: str, reason: FailureReason, told: str) -> None:
+    provider = jobs.provider(script)
+    ref = submit(provider, jobs)
+    status = watch(provider, ref, ended, seconds=60)[-1]
+    assert (status.state, status.reason) == (JobState.FAILED, reason), status
+    assert told in status.message
+    assert len(jobs.pods(ref)) == 1
+
+
+def test_the_clusters_own_deadline_ends_a_job(jobs: Jobs) -> None:
+    provider = jobs.provider(pending_limit_seconds=60)
+    plan = provider.plan(jobs.spec(max_runtime_seconds=60))
+    job = plan.request["job"]
+    assert job["spec"]["activeDeadlineSeconds"] == 120  # type: ignore[index, call-overload]
+    ref = provider.submit(plan)
+    patch = json.dumps({"spec": {"activeDeadlineSeconds": 3}})
+    jobs.cluster.kubectl("patch", "job", ref.native_id, "--namespace", jobs.namespace, "--patch", patch)
+    status = watch(provider, ref, ended)[-1]
+    assert (status.state, status.reason, status.native_state) == (JobState.FAILED, FailureReason.TIMEOUT, "DeadlineExceeded")
+
+
+def test_all_that_a_pod_may_not_do_is_forbidden(jobs: Jobs) -> None:
+    words = "id -u; id -g; touch /x || echo readonly; touch /tmp/x && touch $HOME/x && touch /dev/shm/x && echo writable"
+    provider = jobs.provider(f"{words}; grep -E 'CapEff|Seccomp:|NoNewPrivs' /proc/self/status; ls /var/run/secrets || echo no token")
+    ref = submit(provider, jobs)
+    watch(provider, ref, ended)
+    lines = [line.replace("\t", " ") for line in read_log(provider, ref)]
+    assert lines[:2] == ["1000", "1000"]
+    assert {"readonly", "writable", "no token", "NoNewPrivs: 1", "Seccomp: 2", "CapEff: 0000000000000000"} <= set(lines), lines
+
+
+# --- Who asks ----------------------------------------------------------------------------------------------
+
+
+def test_every_way_to_log_in(jobs: Jobs, cluster: Cluster) -> None:
+    token = cluster.token(jobs.namespace, "default")
+    path = cluster.kubeconfig(jobs.namespace, "default")
+    identity = f"system:serviceaccount:{jobs.namespace}:default"
+    server = {"kubeconfig_path": "", "api_server": cluster.server, "token": token}
+    for login in (
+        {"kubeconfig_path": str(path)},
+        {"kubeconfig_path": "", "kubeconfig": path.read_text()},
+        {**server, "ca_certificate": str(cluster.certificate)},
+        {**server, "ca_certificate": cluster.certificate.read_text()},
+        {**server, "verify_ssl": False},
+    ):
+        report = jobs.provider(**login).check()
+        lines = {line.name: line for line in report.lines}
+        assert lines["identity"].message == identity, report
+        assert ("tls" in lines) == ("verify_ssl" in login)
+        assert not lines["rights"].ok
+        assert "create jobs" in lines["rights"].message
+        assert "kubectl apply" in lines["rights"].fix
+        assert token not in report.model_dump_json()
+
+
+def test_a_pod_is_who_its_service_account_is(jobs: Jobs, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kubernetes.config import incluster_config
+
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "token").write_text(cluster.token(jobs.namespace, "default"))
+    address, _, port = cluster.server.removeprefix("https://").rpartition(":")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", address)
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", port)
+    monkeypatch.setattr(kubernetes_client, "SERVICE_ACCOUNT", tmp_path)
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(cluster.certificate))
+    lines = {line.name: line for line in jobs.provider(kubeconfig_path="").check().lines}
+    assert lines["identity"].message == f"system:serviceaccount:{jobs.namespace}:default"
+
+
+def test_refused_logins_are_told(jobs: Jobs, cluster: Cluster) -> None:
+    server = {"kubeconfig_path": "", "api_server": cluster.server, "ca_certificate": str(cluster.certificate)}
+    for login, kind, told in (
+        ({**server, "token": cluster.expired_token(jobs.namespace, "default")}, AuthError, "expired"),
+        ({**server, "token": cluster.token(jobs.namespace, "default")}, AuthError, "not allowed to get jobs"),
+        ({**server, "ca_certificate": "", "token": "x"}, AuthError, "certificate"),
+        ({"kubeconfig_path": "", "api_server": "https://127.0.0.1:9", "token": "x"}, ServiceUnavailable, "cannot be reached"),
+        ({"kubeconfig_path": "/none"}, ConfigError, "no kubeconfig"),
+    ):
+        provider = jobs.provider(**login)
+        started = time.monotonic()
+        with pytest.raises(kind, match=told) as caught:
+            submit(provider, jobs)
+        assert caught.value.hint
+        assert time.monotonic() - started < 10
+        assert not provider.check().ok
+
+
+def test_a_request_that_the_server_refuses_names_the_field(jobs: Jobs) -> None:
+    provider = jobs.provider(pod_patch={"noSuchField": 1})
+    with pytest.raises(ConfigError, match="noSuchField"):
+        provider.check_plan(provider.plan(jobs.spec()))
+    assert not {line.name: line for line in provider.check().lines}["job"].ok
+    missing = jobs.provider(namespace="no-such-namespace")
+    with pytest.raises(ConfigError, match="no namespace"):
+        submit(missing, jobs, resources=Resources())

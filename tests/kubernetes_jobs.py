@@ -1,0 +1,130 @@
+"""Jobs of the Kubernetes provider on the tests' cluster whose container runs a few lines of shell instead of a trainer."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from blocks.job import JobRef, JobSpec, JobStatus
+from blocks.providers.kubernetes_job import KubernetesProvider
+from blocks.providers.kubernetes_settings import KubernetesSettings
+from tests.cluster import images, node
+from tests.cluster.cluster import Cluster
+from tests.stores import StoreServer, new_store
+from trainer.contract import DatasetRef, TrainConfig
+
+SCRIPT_IMAGE = "trainyard.test/script"
+# The trainer's arguments follow, as they would its image's entry point.
+ENTRYPOINT = ["/bin/sh", "-c", 'eval "$SCRIPT"', "trainer"]
+SMALL_CLASS = {"small": {"cpus": 0.05, "memory_gib": 0.0625, "usd_per_hour": 36.0}}
+WAIT = "trap 'echo leaving; exit 75' TERM; echo ready; while true; do sleep 0.2; done"
+
+
+def script_image() -> bytes:
+    """The cluster's busybox, which runs the variable SCRIPT."""
+    with tarfile.open(fileobj=io.BytesIO(images.small_image())) as archive:
+        parts = {name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]
+    config = json.loads(parts["config.json"])
+    config["config"] = {"Env": ["PATH=/bin"], "Entrypoint": ENTRYPOINT}
+    manifest = [{"Config": "config.json", "RepoTags": [f"{SCRIPT_IMAGE}:1"], "Layers": ["layer.tar"]}]
+    image = io.BytesIO()
+    with tarfile.open(fileobj=image, mode="w") as archive:
+        images.add_file(archive, "layer.tar", parts["layer.tar"])
+        images.add_file(archive, "config.json", json.dumps(config).encode())
+        images.add_file(archive, "manifest.json", json.dumps(manifest).encode())
+    return image.getvalue()
+
+
+def import_script_image(cluster: Cluster) -> str:
+    """Its name by digest, as a run's image is named."""
+    socket, tag = node.socket(cluster.place), f"{SCRIPT_IMAGE}:1"
+    if not cluster.has_image(tag):
+        cluster.import_image(script_image())
+    name = f"{SCRIPT_IMAGE}@{images.listed(socket)[tag]}"
+    if not cluster.has_image(name):
+        images.ctr(socket, "images", "tag", tag, name)
+    return name
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """A namespace, a bucket, and a provider that is the administrator there, or whoever `settings` say."""
+
+    cluster: Cluster
+    namespace: str
+    output_uri: str
+    image: str
+    login: Path | None = None
+
+    def settings(self, script: str = WAIT, **changes: Any) -> KubernetesSettings:
+        return KubernetesSettings.model_validate(
+            {
+                "kubeconfig_path": str(self.login or self.cluster.admin),
+                "namespace": self.namespace,
+                "env": {"SCRIPT": script},
+                "instance_classes": SMALL_CLASS,
+                "grace_seconds": 10,
+                "host_network": True,  # the cluster has no other
+                **changes,
+            }
+        )
+
+    def provider(self, script: str = WAIT, **changes: Any) -> KubernetesProvider:
+        return KubernetesProvider(self.settings(script, **changes))
+
+    def spec(self, run_id: str | None = None, **changes: Any) -> JobSpec:
+        run_id = run_id or f"run{uuid4().hex[:8]}"
+        dataset = DatasetRef(
+            root=self.output_uri,
+            index_uri=f"{self.output_uri}/{run_id}/dataset.json",
+            version="0" * 64,
+            name="none",
+            image_count=1,
+            store_uri=self.output_uri,
+        )
+        values = {"name": "small", "config": TrainConfig(), "dataset": dataset, "output_uri": self.output_uri, "image": self.image}
+        return JobSpec.model_validate({"run_id": run_id, "max_runtime_seconds": 600, **values, **changes})
+
+    def pods(self, ref: JobRef) -> list[dict[str, Any]]:
+        return self.cluster.get("pods", "", self.namespace, "--selector", f"batch.kubernetes.io/job-name={ref.native_id}")["items"]
+
+    def jobs(self) -> list[str]:
+        return [job["metadata"]["name"] for job in self.cluster.get("jobs", "", self.namespace)["items"]]
+
+
+def watch(
+    provider: KubernetesProvider, ref: JobRef, until: Callable[[JobStatus], bool], seconds: float = 90, pause: float = 0.5
+) -> list[JobStatus]:
+    """Every distinct observation until one fits. Fails the test after `seconds`."""
+    seen: list[JobStatus] = []
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        status = provider.poll(ref)
+        if not seen or (seen[-1].state, seen[-1].native_state, seen[-1].message) != (status.state, status.native_state, status.message):
+            seen.append(status)
+        if until(status):
+            return seen
+        time.sleep(pause)
+    raise AssertionError(f"still {seen[-1]} after {seconds} s")
+
+
+def ended(status: JobStatus) -> bool:
+    return status.state.is_terminal
+
+
+@contextmanager
+def jobs_in(cluster: Cluster, s3: StoreServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
+    """A namespace and a bucket of their own; the environment is set to reach the bucket."""
+    name = import_script_image(cluster)
+    with cluster.namespace("jobs") as namespace:
+        yield Jobs(cluster, namespace, new_store(s3, monkeypatch), name)
