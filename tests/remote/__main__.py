@@ -20,6 +20,7 @@ def main() -> None:
     profiles.PROFILES = (*profiles.PROFILES, RemoteProfile)
     if sys.argv[1] == "save-profile":  # NAME, and the fields
         from prefect_aws import AwsCredentials
+        from pydantic import SecretStr
 
         fields = dict(pair.split("=", 1) for pair in sys.argv[3:])
         if key := fields.pop("key", ""):
