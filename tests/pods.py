@@ -74,6 +74,9 @@ class Pod:
     def attempt(self, number: int = 1) -> AttemptLayout:
         return AttemptLayout(next(self.scratch.glob("trainyard-*")) / "run/attempts" / str(number))
 
+    def progress(self) -> str:
+        return "".join(path.read_text() for path in self.scratch.glob(f"trainyard-*/run/attempts/*/{AttemptLayout.PROGRESS}"))
+
     def epochs(self) -> list[int]:
         """Finished on this disk."""
         return [line.epoch for line in read_lines(self.attempt() / AttemptLayout.PROGRESS_LINES)]

@@ -81,8 +81,7 @@ class Claim:
 
         An answer counts for a second, unless it is asked for `afresh`.
         """
-        if self._lost is not None:
-            raise self._lost
+        self.refuse_lost()
         now = (time.monotonic(), time.time())
         # The one clock stands still while a machine sleeps, the other may be set back.
         if not afresh and max(after - before for before, after in zip(self._seen, now, strict=True)) < TRUST_SECONDS:
@@ -98,6 +97,11 @@ class Claim:
             )
             raise self._lost
         self._seen = now
+
+    def refuse_lost(self) -> None:
+        """Raises what an earlier `check`, perhaps of another thread, has learnt. Asks nobody."""
+        if self._lost is not None:
+            raise self._lost
 
     def give_up(self, error: TrainerError) -> None:
         """What is still on its way in a thread is not written."""

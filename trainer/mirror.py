@@ -122,9 +122,7 @@ class Mirror:
             text = record_path(path).read_bytes()
             said = CheckpointRecord.model_validate_json(text)
             file = ManifestFile(sha256=said.sha256, bytes=said.bytes)
-            push_file(
-                self._store, data, path, file, before_write=partial(self._delete, record, there), while_written=self._refuse_superseded
-            )
+            push_file(self._store, data, path, file, before_write=partial(self._delete, record, there), while_written=self._refuse_lost)
             self._put(record, text)
             there |= {data, record}
             self._whole.add(data)
@@ -147,6 +145,11 @@ class Mirror:
         self._refuse_superseded()
         self.objects.put(name, data)
 
+    def _refuse_lost(self) -> None:
+        """Called in the middle of an upload, where obstore takes no other request."""
+        if self._claim is not None:
+            self._claim.refuse_lost()
+
     def _refuse_superseded(self, *, afresh: bool = False) -> None:
         if self._claim is not None:
             self._claim.check(afresh=afresh)
@@ -167,7 +170,7 @@ class Mirror:
         revoke = partial(self._delete, AttemptLayout.MANIFEST, there)
         in_parallel(
             lambda name: push_file(
-                self._store, name, self.layout / name, files[name], before_write=revoke, while_written=self._refuse_superseded
+                self._store, name, self.layout / name, files[name], before_write=revoke, while_written=self._refuse_lost
             ),
             {checked_name(name): file.bytes for name, file in files.items()},
         )

@@ -89,7 +89,7 @@ def push_file(
 ) -> ManifestFile:
     """One file, as `push_files` does it; `before_write` is called where the object is not there yet, or is another one.
 
-    `while_written` is called for each piece of a large file: what it raises abandons the upload.
+    `while_written` is called for each piece of a large file: what it raises abandons the upload. It may not use obstore.
     """
     import obstore
     from obstore.store import LocalStore

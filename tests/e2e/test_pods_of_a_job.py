@@ -1,4 +1,7 @@
-"""A Job of one attempt runs several pods, one after another and sometimes two at a time: real processes, and a bucket of moto's."""
+"""A Job of one attempt runs several pods, one after another and sometimes two at a time: real processes, and a bucket of moto's.
+
+All of it, with `pytest -m 'full or not full'`, takes a quarter of an hour on two busy cores; a plain run leaves three cases out.
+"""
 
 from __future__ import annotations
 
@@ -115,9 +118,7 @@ def test_a_pod_that_slept_through_its_replacement_changes_nothing(make: MakeJob)
     """Its machine stood still or was cut off; it wakes when the other one has finished, and has a whole result, too."""
     job = make(epochs=3)
     old = job.start()
-    job.wait_for(
-        "its last epoch", lambda: old.process.poll() is None and "evaluating" in (job.attempt.get("progress.json") or b"").decode()
-    )
+    job.wait_for("its last epoch", lambda: "evaluating" in old.progress())
     old.freeze()
     new = job.start()
     assert new.wait() == ExitCode.OK, new.output
@@ -129,6 +130,7 @@ def test_a_pod_that_slept_through_its_replacement_changes_nothing(make: MakeJob)
     job.verified()
 
 
+@pytest.mark.full
 def test_a_newer_attempt_ends_an_older_one_that_still_trains(make: MakeJob) -> None:
     job = make(epochs=400)
     old = job.start()
@@ -161,6 +163,7 @@ def ask_to_cancel(job: PodJob) -> None:
     job.run.put(RunLayout.CANCEL, json.dumps({"attempt": 1, "asked_by": "me"}).encode())
 
 
+@pytest.mark.full
 def test_a_signal_that_follows_a_cancel_is_told_as_one(make: MakeJob) -> None:
     """A Job is suspended right after the request is written, before the next look at the record."""
     job = make(epochs=400)
@@ -210,6 +213,7 @@ def test_a_store_away_for_a_while_stops_no_training(make: MakeJob, proxy: FaultP
     assert proxy.met("drop")
 
 
+@pytest.mark.full
 def test_a_store_that_stays_away_ends_it_with_the_cause_and_where_the_result_is(make: MakeJob, proxy: FaultProxy) -> None:
     job = make(proxy.address, epochs=3)
     pod = job.start("--patience-seconds", "1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from trainer.fencing import Claim, Fenced, Owner, refuse_newer_attempt
 from trainer.mirror import Mirror
 from trainer.storage import ObjectFolder
 from trainer.supervisor import StopNote
+from trainer.transfer import PART_BYTES, open_for_files, push_file
 from trainer.watching import RecordWatch
 
 __all__ = ["az", "no_cloud", "s3", "store_uri"]
@@ -119,6 +121,25 @@ def test_a_mirror_that_lost_its_attempt_writes_nothing_more(uri: str, tmp_path: 
     objects = ObjectFolder(uri)
     assert objects.get(AttemptLayout.LOG) == b"of the first"
     assert objects.get(AttemptLayout.EXIT) is None
+
+
+@pytest.mark.parametrize("store_uri", ["s3", "az"], indirect=True)
+def test_a_large_upload_is_abandoned_when_the_attempt_is_lost(uri: str, tmp_path: Path) -> None:
+    claim = Claim.take(uri)
+    (tmp_path / "model.pt").write_bytes(os.urandom(3 * PART_BYTES))
+    pieces = 0
+
+    def lose() -> None:
+        nonlocal pieces
+        pieces += 1
+        if pieces == 20:
+            claim.give_up(Fenced("lost", code=ExitCode.SUPERSEDED))
+        claim.refuse_lost()
+
+    with pytest.raises(Fenced, match="lost"):
+        push_file(open_for_files(uri), "model.pt", tmp_path / "model.pt", while_written=lose)
+    assert pieces == 20
+    assert ObjectFolder(uri).get("model.pt") is None
 
 
 # --- What the record says ----------------------------------------------------------------------------------
