@@ -72,7 +72,7 @@ def known_outputs() -> list[Output]:
     folder = ObjectFolder(str(home()))
     noted = (folder.get(f"outputs/{name}") for name in folder.names("outputs"))
     found = {Output(default_output_uri()), *(_parse_note(data.decode()) for data in noted if data)}
-    return sorted(found, key=lambda output: output.uri)
+    return sorted(found, key=lambda output: (output.is_bucket, output.uri))  # what answers at once comes first
 
 
 def _parse_note(text: str) -> Output:
@@ -152,22 +152,39 @@ def find_run(name: str) -> RunRecord:
     if not name.isalnum():
         raise RunNotFound(f"{name!r} is not a run id: letters and digits only")
     silent: dict[str, Exception] = {}
-    found = look_everywhere(
-        lambda output: [record for record in output.records(name) if record.exists()],
-        lambda output, exc: silent.update({output.uri: exc}),
-    )
-    exact = [record for record in found if record.run_id == name]
-    if len(exact or found) == 1:
-        for uri, exc in silent.items():
-            tell_silent(Output(uri), exc)
-        return (exact or found)[0]
-    if not found and silent:
+    # A whole id needs one small request of each output, and none of those behind the one that has it.
+    for records in (_exact, _beginning):
+        found: list[RunRecord] = []
+        for output in known_outputs():
+            if output.uri in silent:
+                continue
+            try:
+                found += records(output, name)
+            except (TrainyardError, OSError) as exc:
+                silent[output.uri] = exc
+            if found and records is _exact:
+                break
+        if len(found) == 1:
+            for uri, exc in silent.items():
+                tell_silent(Output(uri), exc)
+            return found[0]
+        if found:
+            ids = ", ".join(record.run_id for record in found[:5])
+            raise RunNotFound(f"{len(found)} runs begin with {name!r}: {ids}", hint="give more characters")
+    if silent:
         told = "; ".join(f"{uri} was not looked at: {exc}" for uri, exc in silent.items())
         raise ServiceUnavailable(f"no run begins with {name!r} where one could look; {told}", hint="the same again when that answers")
-    if not found:
-        hint = "`trainyard runs` lists what there is; `trainyard runs --profile NAME` looks where a profile keeps its runs"
-        raise RunNotFound(f"no run begins with {name!r}", hint=hint)
-    raise RunNotFound(f"{len(found)} runs begin with {name!r}: {', '.join(r.run_id for r in found[:5])}", hint="give more characters")
+    hint = "`trainyard runs` lists what there is; `trainyard runs --profile NAME` looks where a profile keeps its runs"
+    raise RunNotFound(f"no run begins with {name!r}", hint=hint)
+
+
+def _exact(output: Output, run_id: str) -> list[RunRecord]:
+    record = output.record(run_id)
+    return [record] if record.exists() else []
+
+
+def _beginning(output: Output, prefix: str) -> list[RunRecord]:
+    return [record for record in output.records(prefix) if record.exists()]
 
 
 def _find_by_uri(uri: str) -> RunRecord:

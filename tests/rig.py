@@ -5,6 +5,7 @@ A new provider adds a row here (and its emulator), and inherits every test of `t
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,46 +14,64 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+
+from blocks.credentials import AccessRef
+from blocks.dataset_sources import StoreChoice, stage_index
 from blocks.job import JobRef, JobSpec, JobState, JobStatus
 from blocks.provider import AlreadyExists, Provider
 from blocks.providers import local_process
 from blocks.record import RunRecord
+from tests.remote import provider as remote
+from tests.stores import StoreServer
 from trainer.contract import DatasetRef, TrainConfig
 from trainer.dataset import check_dataset
 from trainer.shapes import write_shapes
+from trainer.store_access import StoreAccess, access_to
 
 TINY = {"model": "yolo11-pico", "epochs": 1, "batch_size": 4, "image_size": 64, "workers": 0, "device": "cpu"}
 
 
 @dataclass(frozen=True)
 class Rig:
-    """A provider under test, with a home of its own."""
+    """A provider under test, with a home of its own. `store_uri`: datasets are staged there, for jobs that see no folder of ours."""
 
     provider: Provider[Any]
     home: Path
     dataset: Path
     lose_answer: Callable[[], AbstractContextManager[None]]
+    output_uri: str
+    store_uri: str | None = None
 
     def record(self, run_id: str) -> RunRecord:
-        return RunRecord((self.home / "runs").as_uri(), run_id)
+        return RunRecord(self.output_uri, run_id, self.provider.access)
+
+    def read_all(self, ref: JobRef) -> dict[str, bytes]:
+        """All that the attempt's folder holds."""
+        objects = self.provider.objects(ref.output_uri)
+        return {name: data for name in objects.sizes() if (data := objects.get(name)) is not None}
+
+    def reference(self, record: RunRecord) -> DatasetRef:
+        index = record.dataset() or check_dataset(self.dataset)
+        index_uri = record.write_dataset(index)
+        if self.store_uri is None:
+            return DatasetRef(root=index.root, index_uri=index_uri, version=index.version, name=index.name, image_count=len(index.images))
+        access = self.provider.access.resolve(self.store_uri)
+        with access_to(access):
+            return stage_index(index, StoreChoice(self.store_uri, access.endpoint if access else None), index_uri)[0]
 
     def spec(self, run_id: str, *, attempt: int = 1, max_runtime_seconds: int = 600, **config: Any) -> JobSpec:
         """A real small training: 8 images of shapes, 64 px, one epoch unless told otherwise."""
         record = self.record(run_id)
-        index = record.dataset() or check_dataset(self.dataset)
+        access = self.provider.access.resolve(self.output_uri)
         return JobSpec(
             run_id=run_id,
             attempt=attempt,
             name="contract",
             config=TrainConfig.model_validate({**TINY, **config}),
-            dataset=DatasetRef(
-                root=index.root,
-                index_uri=record.write_dataset(index),
-                version=index.version,
-                name=index.name,
-                image_count=len(index.images),
-            ),
+            dataset=self.reference(record),
             output_uri=record.output_uri,
+            output_endpoint=access.endpoint if access else None,
             max_runtime_seconds=max_runtime_seconds,
             owner="tester",
         )
@@ -97,11 +116,50 @@ def lose_local_answer() -> Iterator[None]:
         yield
 
 
-def make_local(home: Path) -> Rig:
+def make_shapes(home: Path) -> Path:
+    return write_shapes(home / "shapes", train=8, val=4, test=4, size=64)
+
+
+def make_local(home: Path, _request: pytest.FixtureRequest) -> Rig:
     provider = local_process.LocalProvider(local_process.LocalSettings(home=home, min_free_gib=0.1, grace_seconds=5))
+    return Rig(provider=provider, home=home, dataset=make_shapes(home), lose_answer=lose_local_answer, output_uri=(home / "runs").as_uri())
+
+
+class KnownAccess(AccessRef):
+    """Credentials as a saved block would give them, and no environment does."""
+
+    def resolve(self, uri: str) -> StoreAccess | None:
+        config = {"access_key_id": "testing", "secret_access_key": "testing", "region": "us-east-1"}
+        return StoreAccess(scheme="s3", endpoint=self.endpoint, config=config) if uri.startswith("s3:") else None
+
+
+@contextmanager
+def lose_remote_answer() -> Iterator[None]:
+    real = remote.RemoteProvider.start
+
+    def start(*arguments: Any) -> None:
+        real(*arguments)
+        raise AlreadyExists("the answer was lost")
+
+    with mock.patch.object(remote.RemoteProvider, "start", start):
+        yield
+
+
+def make_remote(home: Path, request: pytest.FixtureRequest) -> Rig:
+    """As a cloud: all that launcher and job share is a bucket."""
+    s3: StoreServer = request.getfixturevalue("s3")
+    cluster = home / "cluster"
+    cluster.mkdir(parents=True)
+    (cluster / "identity").write_text(json.dumps(s3.environment))
+    bucket = s3.make_bucket()
     return Rig(
-        provider=provider, home=home, dataset=write_shapes(home / "shapes", train=8, val=4, test=4, size=64), lose_answer=lose_local_answer
+        provider=remote.RemoteProvider(remote.RemoteSettings(cluster=cluster), KnownAccess(s3.address)),
+        home=home,
+        dataset=make_shapes(home),
+        lose_answer=lose_remote_answer,
+        output_uri=f"{bucket}/runs",
+        store_uri=f"{bucket}/data",
     )
 
 
-RIGS: dict[str, Callable[[Path], Rig]] = {"local": make_local}
+RIGS: dict[str, Callable[[Path, pytest.FixtureRequest], Rig]] = {"local": make_local, "remote": make_remote}

@@ -54,7 +54,9 @@ class RemoteProvider(Provider[RemoteSettings]):
         job = self._job(ref.native_id)
         if not job.exists():
             raise JobNotFound(f"there is no job {ref.native_id}", provider=self.NAME, run_id=ref.run_id)
-        ended = job.with_suffix(".exit").exists()  # before what it left, which is then all there
+        # Its life before its end, and that before what it left: what is asked later is then all there.
+        alive = self._is_alive(job)
+        ended = job.with_suffix(".exit").exists()
         objects = self.objects(ref.output_uri)
         progress, cancelled = read_progress(objects), job.with_suffix(".cancelled").exists()
         if ended:
@@ -62,7 +64,7 @@ class RemoteProvider(Provider[RemoteSettings]):
             if record is not None:
                 status = parse_exit(record, progress)
                 return status.model_copy(update={"state": JobState.CANCELLED}) if cancelled and record.exit_code else status
-        if ended or not self._is_alive(job):
+        if ended or not alive:
             reason = FailureReason.INFRASTRUCTURE
             return JobStatus(state=JobState.FAILED, native_state="gone", reason=reason, message="its pod is gone", progress=progress)
         state = JobState.STOPPING if cancelled else PHASE_STATES[progress.phase] if progress else JobState.STARTING
@@ -113,10 +115,10 @@ class RemoteProvider(Provider[RemoteSettings]):
             raise AlreadyExists(name) from exc
         finally:
             made.unlink()
-        self._start(job, plan)
+        self.start(job, plan)
         return ref
 
-    def _start(self, job: Path, plan: Plan) -> None:
+    def start(self, job: Path, plan: Plan) -> None:
         identity: dict[str, str] = json.loads((self.settings.cluster / "identity").read_text())
         hidden = ("AWS_", "AZURE_", "PREFECT_", "TRAINYARD_", "PYTHON")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}

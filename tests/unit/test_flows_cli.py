@@ -93,7 +93,7 @@ def test_damage_of_one_run_is_told_and_the_others_are_listed(tmp_path: Path, nam
     assert line.startswith(f"damaged: {bad.uri} ")
 
 
-@pytest.mark.parametrize("command", ["status", "logs", "cancel", "resume"])
+@pytest.mark.parametrize("command", ["status", "logs", "cancel", "collect", "resume"])
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "..", "a/b", ""])
 def test_a_run_is_named_by_its_id_only(command: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     from flows.cli import tell
@@ -211,7 +211,7 @@ def test_the_shell_completes_commands_options_and_runs(tmp_path: Path) -> None:
     (tmp_path / "runs" / "aabroken" / "run.json").write_text("{")
     assert complete("trainyard re", tmp_path) == ["plain,resume"]
     assert set(complete("trainyard ", tmp_path)) == {f"plain,{name}" for name in COMMANDS}
-    for command in ("status", "logs -f", "cancel", "resume", "runs rm", "runs rm cccc3333"):
+    for command in ("status", "logs -f", "cancel", "collect", "resume", "runs rm", "runs rm cccc3333"):
         assert set(complete(f"trainyard {command} aa", tmp_path)) == {"plain,aaaa1111", "plain,aadd4444", "plain,aabroken"}
     assert complete("trainyard status ../", tmp_path) == []
     assert complete("trainyard runs pr", tmp_path) == ["plain,prune"]
