@@ -8,18 +8,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+
+from blocks.dataset_sources import StoreChoice, stage_index
 from blocks.job import JobRef, JobSpec, JobState, JobStatus
 from blocks.provider import AlreadyExists, Provider
-from blocks.providers import local_process
+from blocks.providers import kubernetes_client, local_process
+from blocks.providers.kubernetes_job import KubernetesProvider
 from blocks.record import RunRecord
 from trainer.contract import DatasetRef, TrainConfig
 from trainer.dataset import check_dataset
 from trainer.shapes import write_shapes
+from trainer.storage import ObjectFolder, list_paths, open_store
 
 TINY = {"model": "yolo11-pico", "epochs": 1, "batch_size": 4, "image_size": 64, "workers": 0, "device": "cpu"}
 
@@ -32,29 +37,46 @@ class Rig:
     home: Path
     dataset: Path
     lose_answer: Callable[[], AbstractContextManager[None]]
+    output_uri: str = ""
+    store: StoreChoice | None = None
+    image: str | None = None
+    more: dict[str, Any] = field(default_factory=dict)  # further fields of every spec
 
     def record(self, run_id: str) -> RunRecord:
-        return RunRecord((self.home / "runs").as_uri(), run_id)
+        return RunRecord(self.output_uri or (self.home / "runs").as_uri(), run_id)
+
+    def objects(self, ref: JobRef) -> ObjectFolder:
+        return ObjectFolder(ref.output_uri)
+
+    def texts(self, ref: JobRef) -> list[str]:
+        """All that the attempt has, as far as it is text."""
+        found = (self.objects(ref).get(name) for name in list_paths(open_store(ref.output_uri), ""))
+        return [data.decode(errors="replace") for data in found if data is not None]
 
     def spec(self, run_id: str, *, attempt: int = 1, max_runtime_seconds: int = 600, **config: Any) -> JobSpec:
         """A real small training: 8 images of shapes, 64 px, one epoch unless told otherwise."""
         record = self.record(run_id)
         index = record.dataset() or check_dataset(self.dataset)
+        dataset = DatasetRef(
+            root=index.root,
+            index_uri=record.write_dataset(index),
+            version=index.version,
+            name=index.name,
+            image_count=len(index.images),
+        )
+        if self.store is not None:
+            dataset, _ = stage_index(index, self.store, dataset.index_uri)
         return JobSpec(
             run_id=run_id,
             attempt=attempt,
             name="contract",
             config=TrainConfig.model_validate({**TINY, **config}),
-            dataset=DatasetRef(
-                root=index.root,
-                index_uri=record.write_dataset(index),
-                version=index.version,
-                name=index.name,
-                image_count=len(index.images),
-            ),
+            dataset=dataset,
             output_uri=record.output_uri,
+            image=self.image,
             max_runtime_seconds=max_runtime_seconds,
             owner="tester",
+            **self.more,
         )
 
     def wait(self, ref: JobRef, until: Callable[[JobStatus], bool], seconds: float = 120) -> list[JobStatus]:
@@ -97,11 +119,50 @@ def lose_local_answer() -> Iterator[None]:
         yield
 
 
-def make_local(home: Path) -> Rig:
+@contextmanager
+def make_local(home: Path, _request: pytest.FixtureRequest) -> Iterator[Rig]:
     provider = local_process.LocalProvider(local_process.LocalSettings(home=home, min_free_gib=0.1, grace_seconds=5))
-    return Rig(
+    yield Rig(
         provider=provider, home=home, dataset=write_shapes(home / "shapes", train=8, val=4, test=4, size=64), lose_answer=lose_local_answer
     )
 
 
-RIGS: dict[str, Callable[[Path], Rig]] = {"local": make_local}
+@contextmanager
+def lose_kubernetes_answer() -> Iterator[None]:
+    """The API server creates the Job, and its answer does not arrive."""
+    real = kubernetes_client.Cluster.call
+
+    def call(self: kubernetes_client.Cluster, method: str, path: str, **options: Any) -> Any:
+        answer = real(self, method, path, **options)
+        if method == "POST":
+            raise kubernetes_client.NoAnswer(TimeoutError("read"), "cluster", unsent=False)
+        return answer
+
+    with mock.patch.object(kubernetes_client.Cluster, "call", call):
+        yield
+
+
+@contextmanager
+def make_kubernetes(home: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
+    """The tests' cluster, with S3 as the only store that both sides see, and this environment's trainer in the pods."""
+    from tests.kubernetes_jobs import host_settings, import_host_image
+    from tests.stores import new_store
+
+    cluster, s3 = request.getfixturevalue("cluster"), request.getfixturevalue("s3")
+    with pytest.MonkeyPatch.context() as patch, cluster.namespace("rig") as namespace:
+        bucket = new_store(s3, patch)
+        provider = KubernetesProvider.from_settings(host_settings(cluster, namespace, s3))
+        dataset = write_shapes(home / "shapes", train=8, val=4, test=4, size=64)
+        yield Rig(
+            provider=provider,
+            home=home,
+            dataset=dataset,
+            lose_answer=lose_kubernetes_answer,
+            output_uri=f"{bucket}/runs",
+            store=StoreChoice(f"{bucket}/store", s3.address),
+            image=import_host_image(cluster),
+        )
+
+
+# As context managers: what a row needs of the machine comes by pytest's own fixtures.
+RIGS: dict[str, Callable[[Path, pytest.FixtureRequest], AbstractContextManager[Rig]]] = {"local": make_local, "kubernetes": make_kubernetes}

@@ -13,7 +13,6 @@ from blocks.errors import ConfigError, JobNotFound, PlanChanged, ResultMissing
 from blocks.job import FailureReason, JobRef, JobState, Plan, Resources, canonical_json
 from tests.rig import RIGS, Rig
 from trainer.contract import AttemptLayout, ResultManifest
-from trainer.storage import to_path
 
 SECRET = "hunter2-very-secret"
 
@@ -21,21 +20,21 @@ SECRET = "hunter2-very-secret"
 @pytest.fixture(params=sorted(RIGS))
 def rig(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     monkeypatch.setenv("TRAINYARD_TEST_TOKEN", SECRET)
-    made = RIGS[request.param](tmp_path / "home")
-    yield made
-    made.stop_everything()
+    with RIGS[request.param](tmp_path / "home", request) as made:
+        yield made
+        made.stop_everything()
 
 
 @pytest.fixture(params=sorted(RIGS), scope="module")
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rig, Plan, JobRef]:
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rig, Plan, JobRef]]:
     """A job that is over, for tests that only look at what it left."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRAINYARD_TEST_TOKEN", SECRET)
-        made = RIGS[request.param](tmp_path_factory.mktemp("finished") / "home")
-        plan = made.provider.plan(made.spec("over01"))
-        ref = made.provider.submit(plan)
-        made.finish(ref)
-    return made, plan, ref
+        with RIGS[request.param](tmp_path_factory.mktemp("finished") / "home", request) as made:
+            plan = made.provider.plan(made.spec("over01"))
+            ref = made.provider.submit(plan)
+            made.finish(ref)
+            yield made, plan, ref
 
 
 def test_life_of_a_job(rig: Rig) -> None:
@@ -66,8 +65,9 @@ def test_life_of_a_job(rig: Rig) -> None:
     assert 0 <= result.metrics["map50"] <= 1
     assert result.metrics_split == "test"
     assert AttemptLayout.MODEL in result.files
-    model = to_path(result.model_uri)
-    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    model = rig.objects(ref).get(AttemptLayout.MODEL)
+    assert model is not None
+    rig.objects(ref).put(AttemptLayout.MODEL, model[:-1] + b"x")
     with pytest.raises(ResultMissing, match=r"model\.pt"):
         rig.provider.collect(ref)
 
@@ -173,17 +173,17 @@ def test_check_names_what_to_do(rig: Rig) -> None:
 def test_no_secret_in_what_is_stored_or_shown(finished: tuple[Rig, Plan, JobRef]) -> None:
     rig, plan, ref = finished
     texts = [repr(plan), repr(ref), repr(rig.provider.settings), plan.model_dump_json()]
-    texts += [path.read_text(errors="replace") for path in to_path(ref.output_uri).rglob("*") if path.is_file()]
+    texts += rig.texts(ref)
     assert not [text[:200] for text in texts if SECRET in text]
 
 
 def test_manifest_of_another_attempt_is_refused(finished: tuple[Rig, Plan, JobRef]) -> None:
     rig, _, ref = finished
     assert rig.provider.collect(ref).outcome == "complete"
-    path = to_path(ref.output_uri) / AttemptLayout.MANIFEST
-    manifest = ResultManifest.model_validate_json(path.read_bytes())
-    before = path.read_text()
-    path.write_text(manifest.model_copy(update={"attempt": 7}).model_dump_json())
+    before = rig.objects(ref).get(AttemptLayout.MANIFEST)
+    assert before is not None
+    other = ResultManifest.model_validate_json(before).model_copy(update={"attempt": 7})
+    rig.objects(ref).put(AttemptLayout.MANIFEST, other.model_dump_json().encode())
     with pytest.raises(ResultMissing, match="attempt 7"):
         rig.provider.collect(ref)
-    path.write_text(before)
+    rig.objects(ref).put(AttemptLayout.MANIFEST, before)
