@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from blocks.providers.kubernetes_job import KubernetesProvider
 from blocks.providers.kubernetes_settings import KubernetesSettings
 from tests.cluster import images, node
 from tests.cluster.cluster import Cluster
+from tests.stack import REPOSITORY
 from tests.stores import StoreServer, new_store
 from trainer.contract import DatasetRef, TrainConfig
 
@@ -30,13 +33,13 @@ SMALL_CLASS = {"small": {"cpus": 0.05, "memory_gib": 0.0625, "usd_per_hour": 36.
 WAIT = "trap 'echo leaving; exit 75' TERM; echo ready; while true; do sleep 0.2; done"
 
 
-def script_image() -> bytes:
-    """The cluster's busybox, which runs the variable SCRIPT."""
+def make_image(name: str, entrypoint: list[str], environment: list[str]) -> bytes:
+    """The cluster's busybox with another entry point, as `docker save` would write it."""
     with tarfile.open(fileobj=io.BytesIO(images.small_image())) as archive:
         parts = {name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]
     config = json.loads(parts["config.json"])
-    config["config"] = {"Env": ["PATH=/bin"], "Entrypoint": ENTRYPOINT}
-    manifest = [{"Config": "config.json", "RepoTags": [f"{SCRIPT_IMAGE}:1"], "Layers": ["layer.tar"]}]
+    config["config"] = {"Env": environment, "Entrypoint": entrypoint}
+    manifest = [{"Config": "config.json", "RepoTags": [f"{name}:1"], "Layers": ["layer.tar"]}]
     image = io.BytesIO()
     with tarfile.open(fileobj=image, mode="w") as archive:
         images.add_file(archive, "layer.tar", parts["layer.tar"])
@@ -45,15 +48,56 @@ def script_image() -> bytes:
     return image.getvalue()
 
 
-def import_script_image(cluster: Cluster) -> str:
+def import_image(cluster: Cluster, name: str, entrypoint: list[str], environment: list[str]) -> str:
     """Its name by digest, as a run's image is named."""
-    socket, tag = node.socket(cluster.place), f"{SCRIPT_IMAGE}:1"
+    socket, tag = node.socket(cluster.place), f"{name}:1"
     if not cluster.has_image(tag):
-        cluster.import_image(script_image())
-    name = f"{SCRIPT_IMAGE}@{images.listed(socket)[tag]}"
-    if not cluster.has_image(name):
-        images.ctr(socket, "images", "tag", tag, name)
-    return name
+        cluster.import_image(make_image(name, entrypoint, environment))
+    reference = f"{name}@{images.listed(socket)[tag]}"
+    if not cluster.has_image(reference):
+        images.ctr(socket, "images", "tag", tag, reference)
+    return reference
+
+
+def import_script_image(cluster: Cluster) -> str:
+    """Runs the variable SCRIPT."""
+    return import_image(cluster, SCRIPT_IMAGE, ENTRYPOINT, ["PATH=/bin"])
+
+
+# --- The trainer of this environment, without an image of gigabytes ----------------------------------------
+
+
+def host_folders() -> list[str]:
+    """What its interpreter needs of this machine."""
+    return ["/usr", "/lib", "/lib64", "/etc/ssl", sys.base_prefix, sys.prefix, str(REPOSITORY / "trainer")]
+
+
+def import_host_image(cluster: Cluster) -> str:
+    """Starts this environment's trainer; a pod that has `host_settings` has the folders."""
+    entrypoint = [sys.executable, "-P", "-m", "trainer"]
+    environment = [f"PATH={sys.prefix}/bin:/usr/bin:/bin", f"PYTHONPATH={REPOSITORY}", "PYTHONDONTWRITEBYTECODE=1"]
+    name = f"trainyard.test/host-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]}"
+    return import_image(cluster, name, entrypoint, environment)
+
+
+def host_settings(cluster: Cluster, namespace: str, s3: StoreServer) -> dict[str, Any]:
+    """For real small trainings. The store's keys come from a Secret, as they do anywhere without an identity."""
+    keys = {name: value for name, value in s3.environment.items() if "KEY" in name}
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "store-keys"}, "stringData": keys}
+    cluster.apply(secret, namespace=namespace)
+    folders = {f"host-{number}": path for number, path in enumerate(host_folders()) if Path(path).exists()}
+    mounts = [{"name": name, "mountPath": path, "readOnly": True} for name, path in folders.items()]
+    volumes = [{"name": name, "hostPath": {"path": path}} for name, path in folders.items()]
+    return {
+        "kubeconfig_path": str(cluster.admin),
+        "namespace": namespace,
+        "env": {"AWS_REGION": s3.environment["AWS_REGION"]},
+        "env_secret": "store-keys",
+        "host_network": True,
+        "grace_seconds": 20,
+        "instance_classes": {"small": {"cpus": 0.1, "memory_gib": 3, "usd_per_hour": 1.0}},
+        "pod_patch": {"containers": [{"name": "trainer", "volumeMounts": mounts}], "volumes": volumes},
+    }
 
 
 @dataclass(frozen=True)

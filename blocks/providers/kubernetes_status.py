@@ -33,7 +33,7 @@ from blocks.providers.kubernetes_objects import (
     word,
 )
 from blocks.providers.kubernetes_request import CANCELLED_AT, INSTANCE, PRICE
-from trainer.contract import ExitRecord, Phase, Progress, utc_now
+from trainer.contract import ExitCode, ExitRecord, Phase, Progress, utc_now
 
 CONDITIONS = frozenset({"Suspended", "FailureTarget", "SuccessCriteriaMet", "Complete", "Failed"})
 
@@ -234,12 +234,14 @@ def find_times(native: Native, *, terminal: bool) -> tuple[datetime | None, date
 def status_of_vanished(ended: ExitRecord | None, progress: Progress | None, *, stopped: bool, price: float | None) -> JobStatus | None:
     """The state of a Job that the cluster no longer has, as the bucket tells it. None where it tells no end."""
     if ended is not None:
-        state = JobState.SUCCEEDED if ended.exit_code == 0 else JobState.CANCELLED if ended.cancelled else JobState.FAILED
+        # A trainer that got TERM before it saw why says that it was pre-empted.
+        cancelled = ended.cancelled or (stopped and ended.exit_code == ExitCode.PREEMPTED)
+        state = JobState.SUCCEEDED if ended.exit_code == 0 else JobState.CANCELLED if cancelled else JobState.FAILED
         seconds = seconds_between(ended.started_at, ended.ended_at)
         return JobStatus(
             state=state,
             native_state="removed",
-            reason=ended.reason,
+            reason=None if cancelled else ended.reason,
             message=ended.message,
             hint=ended.hint,
             exit_code=ended.exit_code,
