@@ -194,7 +194,7 @@ class LocalProfile(Profile, Block):
         return staged[0] if staged else choose_store(request, self.store)
 
 
-class KubernetesProfile(ImageFields, Profile, KubernetesSettings, Block):
+class KubernetesProfile(ImageFields, Profile, KubernetesSettings, Block):  # type: ignore[override]  # Block has its own model_dump
     """Train as Jobs of a Kubernetes cluster. Its fields are the provider's settings, and those of every profile."""
 
     _block_type_name = "Trainyard Kubernetes"
