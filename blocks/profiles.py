@@ -12,6 +12,8 @@ from typing import Any, Literal, Self
 
 import httpx
 from prefect.blocks.core import Block
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from blocks import load_provider
@@ -24,6 +26,7 @@ from blocks.image_source import DEFAULT_PLATFORM
 from blocks.job import TrainRequest, WatchPolicy
 from blocks.outputs import default_output_uri
 from blocks.provider import Provider
+from blocks.providers.kubernetes_settings import KubernetesSettings
 from blocks.registry_login import Identity
 from trainer.storage import is_bucket, to_uri
 from trainer.store_access import StoreAccess
@@ -191,7 +194,51 @@ class LocalProfile(Profile, Block):
         return staged[0] if staged else choose_store(request, self.store)
 
 
-PROFILES: tuple[type[Block], ...] = (LocalProfile,)
+class KubernetesProfile(ImageFields, Profile, KubernetesSettings, Block):  # type: ignore[override]  # Block has its own model_dump
+    """Train as Jobs of a Kubernetes cluster. Its fields are the provider's settings, and those of every profile."""
+
+    _block_type_name = "Trainyard Kubernetes"
+    _block_type_slug = "trainyard-kubernetes"
+    _description = "Trains as Jobs of a Kubernetes cluster."
+    model_config = ConfigDict(extra="forbid", frozen=False)
+
+    # One is required, as of every profile.
+    namespace: str = Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", description="Namespace of the jobs.")
+    # Those of the settings are in no dump; a block's are, and are kept encrypted.
+    kubeconfig: SecretStr = Field(default=SecretStr(""), description="Text of a kubeconfig: kubectl config view --raw --minify.")
+    token: SecretStr = Field(default=SecretStr(""), description="Token for api_server.")
+
+    def provider(self) -> Provider[Any]:
+        settings = {name: getattr(self, name) for name in KubernetesSettings.model_fields}
+        document: str | None = getattr(self, "_block_document_name", None)
+        if document and (self.kubeconfig.get_secret_value() or self.token.get_secret_value()):
+            # What a run's record has instead of the secrets, to find them again.
+            settings["credentials"] = f"{self._block_type_slug}/{document}"
+        return load_provider("kubernetes", settings, self.access)
+
+
+PROFILES: tuple[type[Block], ...] = (LocalProfile, KubernetesProfile)
+
+
+def load_cluster_credentials(slug: str) -> dict[str, Any]:
+    """Kubeconfig and context, or token, of the saved block ``type/name``. Raises ConfigError where there is none, ServiceUnavailable."""
+    kind, _, name = slug.partition("/")
+    if kind not in (KubernetesProfile.get_block_type_slug(), "kubernetes-cluster-config"):
+        raise ConfigError(f"{slug!r} is no kind of credentials for a cluster", hint=f"use {CLUSTER_CONFIG}, or the profile's own fields")
+    try:
+        # Its document and not its class: importing prefect_kubernetes takes many seconds.
+        with get_client(sync_client=True) as client:
+            data = client.read_block_document_by_name(name, kind, include_secrets=True).data
+    except ObjectNotFound as exc:
+        raise ConfigError(f"no credentials are saved as {slug!r}", hint="save them in the Prefect UI under Blocks") from exc
+    except httpx.HTTPError as exc:
+        raise ServiceUnavailable(f"the Prefect server that keeps {slug!r} does not answer ({type(exc).__name__})") from exc
+    if kind == "kubernetes-cluster-config":
+        return {"kubeconfig": data["config"], "context": data["context_name"]}
+    return {"kubeconfig": data.get("kubeconfig") or "", "token": data.get("token") or ""}
+
+
+CLUSTER_CONFIG = "kubernetes-cluster-config/NAME"
 
 
 CREDENTIALS = {"aws-credentials": "aws", "minio-credentials": "aws", "azure-blob-storage-credentials": "azure"}

@@ -34,6 +34,7 @@ from blocks.providers.kubernetes_request import (
 )
 from blocks.providers.kubernetes_settings import NAME, OWN_PREFIX, KubernetesSettings, find_price
 from blocks.providers.kubernetes_status import Native, parse_status, status_of_vanished
+from blocks.store_check import check_store
 from trainer.contract import AttemptLayout, ExitRecord, Progress, StoredRecord, TrainJob, UserInput, utc_now
 from trainer.storage import ObjectFolder
 
@@ -64,11 +65,11 @@ class KubernetesProvider(Provider[KubernetesSettings]):
     def cluster(self) -> Cluster:
         return Cluster(self.settings)
 
-    def objects(self, uri: str) -> ObjectFolder:
-        return ObjectFolder(uri)
-
     def check(self, output_uri: str = "") -> CheckReport:
-        return Check(self.cluster, self.settings).report()
+        report = Check(self.cluster, self.settings).report()
+        if not output_uri:
+            return report
+        return report.model_copy(update={"lines": (*report.lines, check_store(self.objects(output_uri)))})
 
     def check_plan(self, plan: Plan) -> None:
         """Has the API server look at the Job without creating it: schema, rights, quota, admission. Raises as `submit` would."""

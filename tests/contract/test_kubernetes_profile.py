@@ -1,0 +1,84 @@
+"""The Kubernetes profile as a saved block: what reaches the provider, and that its secrets reach nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.blocks.core import Block
+from prefect.settings import PREFECT_HOME, temporary_settings
+from prefect.testing.utilities import prefect_test_harness
+from pydantic import ValidationError
+
+from blocks.errors import ConfigError
+from blocks.profiles import KubernetesProfile, load_cluster_credentials, load_profile
+from blocks.providers.kubernetes_client import find_kubeconfig
+from blocks.providers.kubernetes_job import KubernetesProvider
+from blocks.providers.kubernetes_settings import KubernetesSettings
+
+SECRET = "hunter2-very-secret"
+KUBECONFIG = {
+    "clusters": [{"name": "c", "cluster": {"server": "https://cluster"}}],
+    "users": [{"name": "u", "user": {"token": SECRET}}],
+    "contexts": [{"name": "prod", "context": {"cluster": "c", "user": "u"}}],
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with temporary_settings({PREFECT_HOME: tmp_path_factory.mktemp("prefect")}), prefect_test_harness(server_startup_timeout=180):
+        yield
+
+
+def settings_of(profile: KubernetesProfile) -> KubernetesSettings:
+    provider = profile.provider()
+    assert isinstance(provider, KubernetesProvider)
+    return provider.settings
+
+
+def test_fields_of_the_profile_are_the_settings_of_its_provider() -> None:
+    profile = KubernetesProfile(namespace="vision", instance_classes={"t4": {"gpus": 1}}, pod_patch={"runtimeClassName": "nvidia"})  # type: ignore[arg-type]
+    settings = settings_of(profile)
+    assert settings.namespace == "vision"
+    assert settings.instance_classes["t4"].gpus == 1
+    assert settings.pod_patch == {"runtimeClassName": "nvidia"}
+    with pytest.raises(ValidationError, match="cache_pvc"):
+        KubernetesProfile(namespace="vision", enable_shared_cache=True)
+    with pytest.raises(ValidationError, match="namespace"):
+        KubernetesProfile(namespace="Vision Team")
+
+
+@pytest.mark.usefixtures("server")
+def test_secrets_of_a_saved_profile_are_found_again_by_reference() -> None:
+    KubernetesProfile(namespace="vision", api_server="https://cluster", token=SECRET).save("prod")  # type: ignore[arg-type, unused-coroutine]
+    profile = load_profile("prod")
+    assert isinstance(profile, KubernetesProfile)
+    recorded = settings_of(profile).model_dump(mode="json")
+    assert SECRET not in json.dumps(recorded) + repr(profile)
+    assert recorded["credentials"] == "trainyard-kubernetes/prod"
+    document, _ = find_kubeconfig(KubernetesSettings.model_validate(recorded))
+    assert document is not None
+    assert document["users"][0]["user"] == {"token": SECRET}
+
+
+@pytest.mark.usefixtures("server")
+def test_a_cluster_config_of_prefect_kubernetes_is_read_without_its_package(tmp_path: Path) -> None:
+    from prefect_kubernetes.credentials import KubernetesClusterConfig
+
+    saved: Any = KubernetesClusterConfig(config=KUBECONFIG, context_name="prod")
+    assert isinstance(saved, Block)
+    saved.save("shared")
+    assert load_cluster_credentials("kubernetes-cluster-config/shared") == {"kubeconfig": KUBECONFIG, "context": "prod"}
+    document, context = find_kubeconfig(KubernetesSettings(credentials="kubernetes-cluster-config/shared"))
+    assert (document, context) == (KUBECONFIG, "prod")
+
+
+@pytest.mark.usefixtures("server")
+def test_credentials_that_are_not_there_are_told() -> None:
+    with pytest.raises(ConfigError, match="no credentials are saved"):
+        load_cluster_credentials("kubernetes-cluster-config/nobody")
+    with pytest.raises(ConfigError, match="no kind of credentials"):
+        load_cluster_credentials("aws-credentials/prod")
