@@ -13,7 +13,7 @@ SHARED_STACK = frozenset(
     for name in ("command_line", "lives_of_a_run", "reconcile", "remote_runs", "same_run", "staged_training", "stalls", "stopping")
 )
 TRAINER_IMAGE = frozenset(("test_trainer_image", "test_trainer_container"))  # on a new machine its build and push take minutes
-KUBERNETES = ("test_cluster", "test_kubernetes", "test_provider")  # they take the one node away and bring it back
+KUBERNETES = ("test_cluster", "test_kubernetes")  # they take the one node away and bring it back
 LONGEST_FIRST = ("e2e", "browser", "contract", "unit")  # so that no process is left with a long one at the end
 
 
