@@ -69,10 +69,14 @@ class Cluster:
         name = f"{prefix}-{uuid.uuid4().hex[:8]}"
         self.kubectl("create", "namespace", name)
         try:
-            wait_for("the default service account", lambda: self.exists("serviceaccount", "default", name), 30)
+            self.wait_for_service_account(name)
             yield name
         finally:
             self.kubectl("delete", "namespace", name, "--wait=false")
+
+    def wait_for_service_account(self, namespace: str) -> None:
+        """The default one, without which a namespace takes no pod."""
+        wait_for("the default service account", lambda: self.exists("serviceaccount", "default", namespace), 60)
 
     def exists(self, kind: str, name: str, namespace: str = "default") -> bool:
         return bool(self.kubectl("get", kind, name, "--namespace", namespace, "--ignore-not-found", "--output", "name").stdout)

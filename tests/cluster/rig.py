@@ -54,6 +54,7 @@ def start_or_find(folder: Path) -> Cluster:
     cluster = Cluster(place)
     cluster.apply(*api_address.policy(place.ports["api-server"]))
     cluster.wait_until_ready()
+    cluster.wait_for_service_account("default")
     return cluster
 
 
