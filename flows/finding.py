@@ -60,9 +60,11 @@ def learn_outputs(client: SyncPrefectClient) -> list[str]:
 
 
 def _documents(client: SyncPrefectClient, slug: str) -> list[BlockDocument]:
-    from prefect.exceptions import ObjectNotFound
+    from prefect.exceptions import PrefectHTTPStatusError
 
     try:
         return client.read_block_documents_by_type(slug, include_secrets=False)
-    except ObjectNotFound:  # nobody has saved one, nor run `trainyard install`
-        return []
+    except PrefectHTTPStatusError as exc:
+        if exc.response.status_code != 404:
+            raise
+        return []  # nobody has saved one, nor run `trainyard install`

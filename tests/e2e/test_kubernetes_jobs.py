@@ -18,6 +18,7 @@ from blocks.providers.kubernetes_client import NoAnswer
 from blocks.providers.kubernetes_job import KubernetesProvider
 from tests.cluster.cluster import Cluster
 from tests.kubernetes_jobs import WAIT, Jobs, ended, jobs_in, watch
+from tests.stack import wait_for
 from tests.stores import StoreServer
 from trainer.contract import AttemptLayout, ExitRecord, utc_now
 from trainer.storage import ObjectFolder
@@ -110,7 +111,7 @@ def test_cancel_suspends_and_then_deletes(jobs: Jobs) -> None:
     seen = watch(provider, ref, ended, pause=0.2)
     assert {status.state for status in seen} <= {JobState.STOPPING, JobState.CANCELLED}
     assert seen[-1].state is JobState.CANCELLED
-    assert jobs.pods(ref) == []
+    wait_for("no pod is left", lambda: not jobs.pods(ref), 15)  # its containers have ended; the object goes a moment later
     assert jobs.jobs() == [ref.native_id]
     provider.cancel(ref)
     assert jobs.jobs() == []
