@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blocks.reading import changed_error
 from blocks.scanning import Stat, stat_of, vanished_error
-from trainer.storage import list_paths
+from trainer.storage import list_metadata
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -73,4 +73,13 @@ def put_file(store: ObjectStore, key: str, path: Path, found: Stat, on_part: Cal
 
 def list_objects(store: ObjectStore) -> set[str]:
     """Names of all packs and large files of the store."""
-    return {path.rsplit("/", 1)[-1].removesuffix(".tar") for prefix in ("packs", "files") for path in list_paths(store, prefix)}
+    return object_names(list_sizes(store))
+
+
+def list_sizes(store: ObjectStore) -> dict[str, int]:
+    """Keys of all packs and large files of the store, with their bytes."""
+    return {meta["path"]: meta["size"] for prefix in ("packs", "files") for meta in list_metadata(store, prefix)}
+
+
+def object_names(keys: Iterable[str]) -> set[str]:
+    return {key.rsplit("/", 1)[-1].removesuffix(".tar") for key in keys}

@@ -23,7 +23,7 @@ from blocks.leases import Lease, check_generation, settled_generation, until_unc
 from blocks.reading import MEMORY_BYTES, Read, read_files
 from blocks.refs import Ref, move_ref, newest_refs, read_ref
 from blocks.scanning import Scan, Stat, place_within
-from blocks.sending import PART_BYTES, PARTS_AT_ONCE, list_objects, put_file, put_object
+from blocks.sending import PART_BYTES, PARTS_AT_ONCE, list_objects, list_sizes, object_names, put_file, put_object
 from blocks.stat_cache import StatCache
 from trainer.errors import ExitCode, TrainerError
 from trainer.packs import (
@@ -155,6 +155,7 @@ class _Stager:
         self.lease = Lease(self.store, name)
         self.pack = Pack()
         self.pending: set[bytes] = set()  # on its way to the store
+        self.listed: dict[str, int] = {}  # what the store had, where it was asked
         self.flying: deque[tuple[Future[None], int, int, list[tuple[bytes, str, int]]]] = deque()
         self.readers = AdaptivePool(FIRST_READERS, READERS, reads_files=True)
         self.senders = AdaptivePool(FIRST_SENDERS, SENDERS)
@@ -197,7 +198,8 @@ class _Stager:
                 self.cache.writer.execute("BEGIN")
                 files = read_version(self.store, known.version)[1]
                 self.cache.add_placed((file.sha256, file.pack, file.offset) for file in files if not file.in_place)
-        self.cache.keep_placed(list_objects(self.store))
+        self.listed = list_sizes(self.store)
+        self.cache.keep_placed(object_names(self.listed))
         return ""
 
     # --- What changed ---
@@ -248,6 +250,9 @@ class _Stager:
             if read.digest in known:
                 continue
             known.add(read.digest)
+            if self._has_arrived(read):
+                self.cache.add_placed([(read.digest, "", 0)])
+                continue
             self.pending.add(read.digest)
             if read.stat.size > LARGE_BYTES:
                 send = partial(put_object, self.sending, file_key(read.digest), read.content) if read.content is not None else None
@@ -262,6 +267,13 @@ class _Stager:
         self.cache.add_seen((read.path, read.stat, read.digest) for read in found)
         if self.on_progress:
             self.on_progress(self.counts)
+
+    def _has_arrived(self, read: Read) -> bool:
+        """Whether the store has this large file though the cache, as of a stage that was killed, does not say so.
+
+        Only what is sent from memory is certain to be what its name says: a larger one may have changed on its way.
+        """
+        return read.stat.size > LARGE_BYTES and read.content is not None and self.listed.get(file_key(read.digest)) == read.stat.size
 
     def _close_pack(self) -> None:
         pack, self.pack = self.pack, Pack()

@@ -8,15 +8,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from blocks.refs import read_ref
-from blocks.staging import stage_folder
+from blocks.staging import LARGE_BYTES, stage_folder
 from tests.contract.staged import assert_no_duplicates, assert_same, contents, sizes, touch_old
 from tests.stack import BIN
 from trainer.fetching import fetch_version, verify_version
 from trainer.storage import open_store
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
 
 PACK_BYTES = 60_000
 # Dies before or after the n-th write whose key has a given part. Threads write, so the n-th of one kind is what can be told.
@@ -100,6 +104,35 @@ def test_killed_again_and_again_it_gets_on(store_uri: str, source: Path, tmp_pat
     fetch_version(store_uri, staged.version, tmp_path / "copy")
     assert_same(source, tmp_path / "copy")
     assert_no_duplicates(store_uri, contents(source), beyond=PACK_BYTES)
+
+
+def test_a_large_file_that_arrived_before_the_kill_is_not_sent_again(
+    store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import obstore
+
+    root = tmp_path / "large files"
+    root.mkdir()
+    for number in range(8):
+        touch_old(root / f"{number}.bin", os.urandom(LARGE_BYTES + 1))
+    crash("files/", "after", 3, root, store_uri)
+    arrived = {key for key in sizes(store_uri) if key.startswith("files/")}
+    assert arrived
+    sent: dict[str, int] = {}
+    put = obstore.put
+
+    def counted(to: ObjectStore, path: str, data: Any, **options: Any) -> object:
+        if path.startswith("files/"):
+            sent[path] = sent.get(path, 0) + len(data)
+        return put(to, path, data, **options)
+
+    monkeypatch.setattr(obstore, "put", counted)
+    staged = stage_folder(root, store_uri)
+    assert not arrived & set(sent)
+    assert sum(sent.values()) == (8 - len(arrived)) * (LARGE_BYTES + 1)
+    assert verify_version(store_uri, staged.version).files == 8
+    fetch_version(store_uri, staged.version, tmp_path / "copy")
+    assert_same(root, tmp_path / "copy")
 
 
 def stage_at_once(store_uri: str, *roots: Path) -> None:
