@@ -129,7 +129,7 @@ def test_a_large_file_that_arrived_before_the_kill_is_not_sent_again(
     monkeypatch.setattr(obstore, "put", counted)
     staged = stage_folder(root, store_uri)
     assert not arrived & set(sent)
-    assert sum(sent.values()) == (8 - len(arrived)) * (LARGE_BYTES + 1)
+    assert sum(sent.values()) <= (8 - len(arrived)) * (LARGE_BYTES + 1), "what was under way at the kill may arrive after it"
     assert verify_version(store_uri, staged.version).files == 8
     fetch_version(store_uri, staged.version, tmp_path / "copy")
     assert_same(root, tmp_path / "copy")
