@@ -117,7 +117,9 @@ def test_hostile_lines_are_refused(lines: list[Any], why: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"no gzip", gzip.compress(b""), gzip.compress(b"{}\n"), manifest([])[:-20], manifest([], version="00")]
+    "data",
+    [b"", b"no gzip", gzip.compress(b""), gzip.compress(b"{}\n"), manifest([])[:-20], manifest([], version="00")],
+    ids=["empty", "no gzip", "nothing in it", "no header", "cut short", "another version"],  # gzip writes the time: no name for a test
 )
 def test_what_is_no_manifest_of_the_version_is_refused(data: bytes) -> None:
     with pytest.raises(TrainerError, match="damaged"):
