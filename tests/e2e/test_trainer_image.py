@@ -114,7 +114,9 @@ def test_what_is_not_the_trainers_makes_no_other_image(docker_engine: Engine, tr
     context = copy_sources(tmp_path / "context")
     for name in ("flows/train.py", "blocks/job.py", "docker/flow-runner-requirements.txt"):
         (context / name).write_text((context / name).read_text() + "\n# changed\n")
-    (context / "notes.txt").write_text("not ours")
+    for name in ("notes.txt", "trainer/credentials.json", "trainer/id_rsa", "trainer/.env", "trainer/img/1.jpg"):
+        (context / name).parent.mkdir(exist_ok=True)
+        (context / name).write_text("not ours")
     same = make_image(docker_engine, context, tmp_path)
     assert (same.made.built, same.made.tag, same.digest) == (False, trainer_image.made.tag, trainer_image.digest)
     # Nor does docker see another one: its cache gives the same.

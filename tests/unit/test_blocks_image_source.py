@@ -45,6 +45,26 @@ def test_what_is_not_in_the_image_does_not_change_its_hash(project: Path) -> Non
     assert hash_source(BuildInput(write_project(project.parent / "elsewhere"))) == before
 
 
+def test_what_lies_beside_the_sources_goes_into_no_image_and_changes_no_hash(project: Path) -> None:
+    before = hash_source(BuildInput(project))
+    for name in ("id_rsa", "credentials.json", "key.pem", ".env", "task.pyo", "img/1.jpg"):
+        path = project / "trainer" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("secret")
+    assert hash_source(BuildInput(project)) == before
+
+
+def test_docker_is_told_to_take_every_source_and_nothing_else() -> None:
+    """The patterns are of the simplest kind, a folder and an ending, which docker and pathlib read alike."""
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines[0] == "*"
+    taken = {path for line in lines if line.startswith("!") for path in ROOT.glob(line[1:])}
+    sources = {path for folder in ("blocks", "flows", "trainer") for path in (ROOT / folder).rglob("*.py")}
+    assert sources <= taken
+    assert {path.suffix for path in taken if path.is_relative_to(ROOT / "trainer")} == {".py"}
+    assert {path for path in list_sources(ROOT) if path.is_relative_to(ROOT / "trainer")} <= taken
+
+
 @pytest.mark.parametrize("name", ["trainer/task.py", "docker/trainer.Dockerfile", "docker/trainer-requirements.txt", ".dockerignore"])
 def test_a_line_in_what_it_is_made_of_changes_the_hash(project: Path, name: str) -> None:
     before = hash_source(BuildInput(project))
