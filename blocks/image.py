@@ -58,7 +58,11 @@ class ImageSettings:
         return BuildInput(find_root(), base=self.base, platform=self.platform)
 
     def place(self) -> ImageRef:
-        return ImageRef.parse(f"{self.registry.strip('/')}/{self.repository}")
+        """Raises ConfigError, also for a tag, which is made of the sources."""
+        place = ImageRef.parse(f"{self.registry.strip('/')}/{self.repository}")
+        if place.tag or place.digest:
+            raise ConfigError(f"{self.repository!r} is more than a repository", hint="leave tag and digest out: the sources give them")
+        return place
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.errors import TrainyardError
+from trainer.errors import ExitCode, TrainyardError
 from trainer.supervisor import Limits, Supervisor
 
 
@@ -60,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if options.attempt_dir is None:
         return main_in_container(options, limits)
+    if not options.attempt_dir.is_dir():
+        sys.stdout.write(
+            f"there is no folder {options.attempt_dir}\nnext: --attempt-dir names the folder that holds the attempt's config.json\n"
+        )
+        return ExitCode.NOT_FOUND
     # A launcher that kills its tree of children, as process managers do, must not find the training in it.
     if options.detach and os.fork():
         return 0

@@ -13,12 +13,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 from urllib.parse import unquote, urlsplit
 
 from trainer.errors import ExitCode, TrainerError
 from trainer.files import DISK_FULL, disk_full_error
+from trainer.locations import REMOTE_SCHEMES as REMOTE_SCHEMES, is_bucket as is_bucket, to_path as to_path, to_uri as to_uri
 from trainer.store_access import StoreAccess, current_access, store_options
 from trainer.store_errors import explain
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from obstore import ObjectMeta
     from obstore.store import ClientConfig, LocalStore, ObjectStore, RetryConfig
 
-REMOTE_SCHEMES = ("s3", "gs", "az")
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
 # To ask is to be told soon what is wrong, as with no network or no credentials. To send and to fetch come after an answer,
 # and sit out minutes without a network. obstore's own 30 s for a whole request would be too little for a pack on a slow link.
@@ -54,28 +53,6 @@ RETRIES: dict[Purpose, RetryConfig] = {
     "fetch": _PATIENT,
     "mirror": {**_PATIENT, "retry_timeout": timedelta(seconds=30)},
 }
-
-
-def to_uri(location: str | Path) -> str:
-    """A plain path as a ``file://`` URI; a URI as it is."""
-    text = str(location)
-    return text.rstrip("/") if "://" in text else Path(text).expanduser().absolute().as_uri()
-
-
-def is_bucket(uri: str) -> bool:
-    return urlsplit(uri).scheme in REMOTE_SCHEMES
-
-
-def to_path(uri: str) -> Path:
-    """The local path of a ``file://`` URI or plain path. Raises TrainerError for other schemes."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("", "file"):
-        raise TrainerError(
-            f"{uri!r} is not a folder of this machine",
-            hint="give a local path or a file:// URI; object stores are not supported for this yet",
-            code=ExitCode.CONFIG,
-        )
-    return Path(unquote(parts.path) if parts.scheme else uri)
 
 
 def open_store(uri: str, purpose: Purpose = "ask", access: StoreAccess | None = None) -> ObjectStore:

@@ -11,6 +11,7 @@ import pytest
 
 from blocks import image_source
 from blocks.errors import ConfigError
+from blocks.image import ImageSettings
 from blocks.image_ref import ImageRef, is_loopback
 from blocks.image_source import (
     BuildInput,
@@ -175,3 +176,16 @@ def test_plain_http_is_for_this_machine_only() -> None:
     assert not any(
         is_loopback(name) for name in ("ghcr.io", "10.0.0.1:5000", "localhost.example.com", "127.0.0.1.example.com:80", "[fe80::1]:5000")
     )
+
+
+def test_a_login_in_a_name_is_not_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ImageRef.parse("builder:hunter2@127.0.0.1:5000/trainer")
+    assert "hunter2" not in f"{caught.value}"
+    assert "***@127.0.0.1:5000/trainer" in f"{caught.value}"
+
+
+@pytest.mark.parametrize("repository", ["team/trainer:v1", f"trainer@{DIGEST}"])
+def test_a_repository_has_no_tag(repository: str) -> None:
+    with pytest.raises(ConfigError, match="more than a repository"):
+        ImageSettings(registry="ghcr.io", repository=repository).place()

@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 
 from tests.fit_rig import make_attempt, wait_until
-from trainer.container import choose_variables, localize
-from trainer.contract import AttemptLayout, ExitCode, ExitRecord, ResultManifest, TrainJob
+from trainer.__main__ import main
+from trainer.container import choose_variables, localize, read_config
+from trainer.contract import AttemptLayout, ExitCode, ExitRecord, ResultManifest, TrainerError, TrainJob
 from trainer.mounts import Mounts
 from trainer.progress import read_lines
+from trainer.storage import ObjectFolder, to_path, to_uri
 
 ROOT = Path(__file__).parents[2]
 PLATFORM_VARIABLES = ("TRAINYARD_", "AIP_", "CLOUD_ML_", "AZUREML_", "AZURE_ML_", "KUBERNETES_", "CLUSTER_SPEC", "TRAINING_JOB")
@@ -207,3 +209,29 @@ def test_a_user_without_a_home_gets_one_in_scratch(tmp_path: Path) -> None:
     assert chosen["HOME"] == str(tmp_path / "scratch/home")
     assert Path(chosen["HOME"]).is_dir()
     assert "XDG_CACHE_HOME" not in chosen
+
+
+def test_a_config_at_the_root_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file is mounted by itself."""
+    asked: list[str] = []
+
+    def get(folder: ObjectFolder, name: str) -> bytes:
+        asked.append(f"{to_path(folder.uri)} {name}")
+        return b"{"
+
+    monkeypatch.setattr(ObjectFolder, "get", get)
+    with pytest.raises(TrainerError, match="not a job"):
+        read_config("/b.json")
+    assert asked == ["/ b.json"]
+
+
+def test_a_folder_that_is_missing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--attempt-dir", str(tmp_path / "none")]) == ExitCode.NOT_FOUND
+    assert "there is no folder" in capsys.readouterr().out
+
+
+def test_a_slash_too_few_is_no_folder() -> None:
+    with pytest.raises(TrainerError, match="one slash") as caught:
+        to_uri("s3:/bucket/x")
+    assert "s3://bucket/x" in f"{caught.value}"
+    assert to_uri("file:///") == to_uri("/") == "file:///"
