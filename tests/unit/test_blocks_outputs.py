@@ -81,7 +81,8 @@ def test_saved_credentials_are_loaded_when_they_are_needed_and_once(monkeypatch:
 
 
 def test_whoever_looks_after_runs_learns_where_the_profiles_keep_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefect.exceptions import ObjectNotFound
+    import httpx
+    from prefect.exceptions import PrefectHTTPStatusError
 
     from blocks import profiles
     from flows.finding import learn_outputs
@@ -105,6 +106,7 @@ def test_whoever_looks_after_runs_learns_where_the_profiles_keep_theirs(monkeypa
     assert loaded == ["bucket", "broken"], "once, until somebody changes them"
 
     def unknown(_slug: str, *, include_secrets: bool) -> list[Any]:
-        raise ObjectNotFound(Exception("no such type"))
+        asked = httpx.Request("GET", "http://server")
+        raise PrefectHTTPStatusError("no such type", request=asked, response=httpx.Response(404, request=asked))
 
     assert learn_outputs(cast("Any", SimpleNamespace(read_block_documents_by_type=unknown))) == []

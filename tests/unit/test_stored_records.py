@@ -62,6 +62,7 @@ REQUIRED: dict[str, set[str]] = {
     "Telling": set(),
     "TrainJob": {"run_id", "attempt", "name", "config", "dataset"},
     "WatchPolicy": set(),
+    "Submission": {"name", "namespace", "fingerprint", "keep_seconds", "created_at"},
 }
 
 # --- A record of each type, as this version writes it ------------------------------------------------------
@@ -140,6 +141,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "Telling": {"sent": True, "at": TIME},
     "TrainJob": {"run_id": "r", "attempt": 1, "name": "n", "config": CONFIG, "dataset": DATASET},
     "WatchPolicy": {},
+    "Submission": {"name": "ty-r-1", "namespace": "n", "fingerprint": "f", "keep_seconds": 60, "usd_per_hour": 1.5, "created_at": TIME},
 }
 
 
