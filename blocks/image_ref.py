@@ -14,7 +14,7 @@ DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 REGISTRY = re.compile(r"(?:\[[0-9a-f:]+\]|[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?)(?::[0-9]{1,5})?")
 REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*)*")
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-LOGIN = re.compile(r"[^/@\s]+:[^/@\s]+@(?!sha256:)")  # a password has no place there, and none in what is told
+LOGIN = re.compile(r"^.*@(?!sha256:)")  # a password has no place there, and none in what is told
 EXAMPLE = "give registry/repository:tag or registry/repository@sha256:..."
 
 

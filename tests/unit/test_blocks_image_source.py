@@ -178,9 +178,12 @@ def test_plain_http_is_for_this_machine_only() -> None:
     )
 
 
-def test_a_login_in_a_name_is_not_told() -> None:
+@pytest.mark.parametrize(
+    "login", ["builder:hunter2", "builder:hun@hunter2", "builder:hun/hunter2", ":hunter2", "hunter2", "https://u:hunter2"]
+)
+def test_a_login_in_a_name_is_not_told(login: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        ImageRef.parse("builder:hunter2@127.0.0.1:5000/trainer")
+        ImageRef.parse(f"{login}@127.0.0.1:5000/trainer")
     assert "hunter2" not in f"{caught.value}"
     assert "***@127.0.0.1:5000/trainer" in f"{caught.value}"
 
