@@ -21,7 +21,7 @@ from blocks.errors import ConfigError
 
 DOCKERFILE = "docker/trainer.Dockerfile"
 # Of the project's folder; a test holds them against what the Dockerfile copies.
-SOURCES = (".dockerignore", "docker/trainer*", "trainer/**/*.py")
+SOURCES = (".dockerignore", "docker/trainer.Dockerfile", "docker/trainer-requirements.txt", "trainer/*.py", "trainer/frameworks/*.py")
 CACHES = ("__pycache__", ".ruff_cache", ".pytest_cache", ".DS_Store")
 DEFAULT_PLATFORM = "linux/amd64"
 TAG_LENGTH = 16

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+from abc import abstractmethod
 from typing import Any, Literal, Self
 
 import httpx
@@ -59,12 +60,13 @@ class ImageFields(BaseModel):
 
     @model_validator(mode="after")
     def _images_are_named_well(self) -> Self:
-        for text in (self.image, self.image_base, f"{self.registry.strip('/')}/{self.repository}" if self.registry else ""):
-            if text:
-                try:
-                    ImageRef.parse(text)
-                except ConfigError as exc:
-                    raise ValueError(str(exc)) from exc
+        try:
+            for text in filter(None, (self.image, self.image_base)):
+                ImageRef.parse(text)
+            if self.registry:
+                ImageSettings(registry=self.registry, repository=self.repository).place()
+        except ConfigError as exc:
+            raise ValueError(str(exc)) from exc
         if bool(self.registry_user) != bool(self.registry_password.get_secret_value()):
             raise ValueError("registry_user and registry_password go together: give both, or neither")
         return self
@@ -128,8 +130,8 @@ class Profile(BaseModel):
         """How stores are reached from here: those of datasets, and that of the runs."""
         return AccessRef(self.store_endpoint, self.store_credentials)
 
-    def provider(self) -> Provider[Any]:
-        raise NotImplementedError(f"{type(self).__name__} has no provider")
+    @abstractmethod
+    def provider(self) -> Provider[Any]: ...
 
     def choose_output(self, asked: str | None) -> str:
         """Where a run's record is kept. Raises ConfigError where that is no bucket."""

@@ -6,7 +6,6 @@ that only a new machine pays for the big layers. Several test runs share one eng
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import pytest
 
 from tests.components import cache_folder, skip_or_fail, unpacked_program
 from tests.docker_registry import Registry, found_registry, is_program, is_running, start_daemon, start_registry, stop_process
+from tests.shared_rig import shared, starting
 from tests.stack import wait_for
 
 # Tools as in an official slim Python image: no compiler, no OpenGL. `extract` only unpacks: seconds instead of minutes.
@@ -197,31 +197,8 @@ def stop_all(folder: Path) -> None:
         registry.stop()
 
 
-@contextmanager
-def starting(folder: Path) -> Iterator[None]:
-    """One process at a time starts or stops."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "starting.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def running_engine() -> Iterator[Engine]:
-    """Shared with every other test run of this user. The system drops the lock of a user that is killed."""
-    folder = require_engine()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "users.lock").open("w") as users:
-        with starting(folder):
-            fcntl.flock(users, fcntl.LOCK_SH)
-            engine = start_or_find(folder)
-        try:
-            yield engine
-        finally:
-            with starting(folder), suppress(BlockingIOError):
-                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not (folder / "kept").exists():
-                    stop_all(folder)
+def running_engine() -> AbstractContextManager[Engine]:
+    return shared(require_engine(), start_or_find, stop_all)
 
 
 def require_engine() -> Path:

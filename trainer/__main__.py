@@ -15,7 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.contract import AttemptLayout
 from trainer.errors import ExitCode, TrainyardError
+from trainer.storage import folders_told_plainly
 from trainer.supervisor import Limits, Supervisor
 
 
@@ -60,15 +62,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if options.attempt_dir is None:
         return main_in_container(options, limits)
-    if not options.attempt_dir.is_dir():
+    folder: Path = options.attempt_dir.absolute()
+    if not (folder / AttemptLayout.CONFIG).is_file():
         sys.stdout.write(
-            f"there is no folder {options.attempt_dir}\nnext: --attempt-dir names the folder that holds the attempt's config.json\n"
+            f"there is no {AttemptLayout.CONFIG} in {folder}\nnext: --attempt-dir names the folder of an attempt, as a launcher made it\n"
         )
         return ExitCode.NOT_FOUND
     # A launcher that kills its tree of children, as process managers do, must not find the training in it.
     if options.detach and os.fork():
         return 0
-    return Supervisor(options.attempt_dir.absolute(), limits).run(options.ready_fd)
+    try:
+        with folders_told_plainly():
+            return Supervisor(folder, limits).run(options.ready_fd)
+    except TrainyardError as exc:
+        sys.stdout.write(f"{exc}\n")
+        return exc.code
 
 
 def main_in_container(options: argparse.Namespace, limits: Limits) -> int:

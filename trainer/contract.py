@@ -16,6 +16,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, Val
 from trainer.contract_version import CONTRACT_VERSION as CONTRACT_VERSION
 from trainer.errors import (
     EXIT_REASONS as EXIT_REASONS,
+    FATAL_EXITS as FATAL_EXITS,
     ExitCode as ExitCode,
     FailureReason as FailureReason,
     TrainerError as TrainerError,
@@ -166,7 +167,7 @@ def parse_job(text: bytes, place: str) -> TrainJob:
     except ValidationError as exc:
         first = exc.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise TrainerError(f"{place} is not a job: {field}: {first['msg']}", code=ExitCode.CONFIG) from exc
+        raise TrainerError(f"{place} is not a job: {field + ': ' if field else ''}{first['msg']}", code=ExitCode.CONFIG) from exc
     if job.contract_version > CONTRACT_VERSION:
         raise TrainerError(
             f"the job speaks contract version {job.contract_version}, this trainer knows {CONTRACT_VERSION}",

@@ -37,6 +37,7 @@ from trainer.contract import (
     Progress,
     TrainerError,
     TrainJob,
+    parse_job,
     utc_now,
 )
 from trainer.files import read_json, write_json
@@ -98,7 +99,8 @@ class Supervisor:
             announce(ready_fd, "occupied")
             return ExitCode.OCCUPIED
         self.stop.listen()
-        job = TrainJob.model_validate_json((self.attempt / AttemptLayout.CONFIG).read_bytes())
+        config = self.attempt / AttemptLayout.CONFIG
+        job = parse_job(config.read_bytes(), str(config))
         process = psutil.Process()
         write_json(
             self.attempt / AttemptLayout.JOB,

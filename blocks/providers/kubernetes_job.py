@@ -7,22 +7,22 @@ never created again. Cancel suspends the Job, and deletes it once no pod is left
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from datetime import datetime
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 from urllib.parse import quote
 
 from pydantic import AwareDatetime, JsonValue
 
+from blocks.attempt_objects import read_exit, read_log, read_progress, write_job
 from blocks.errors import ConfigError, JobNotFound, ProviderError
 from blocks.job import Capabilities, CheckReport, JobRef, JobSpec, JobStatus, LogBatch, Plan, Price, Problem, seconds_between
 from blocks.naming import job_name
 from blocks.provider import AlreadyExists, Provider
 from blocks.providers.kubernetes_check import Check
 from blocks.providers.kubernetes_client import MERGE_PATCH, ApiError, Cluster, NoAnswer, translate
-from blocks.providers.kubernetes_logs import BATCH_BYTES, LogCursor, place_in_log, pods_to_read, read_pod
+from blocks.providers.kubernetes_logs import LogCursor, place_in_log, pods_to_read, read_pod
 from blocks.providers.kubernetes_objects import Object, by_age, child, children, is_alive, is_over, time_at, word
 from blocks.providers.kubernetes_request import (
     CANCELLED_AT,
@@ -35,10 +35,9 @@ from blocks.providers.kubernetes_request import (
 from blocks.providers.kubernetes_settings import NAME, OWN_PREFIX, KubernetesSettings, find_price
 from blocks.providers.kubernetes_status import Native, parse_status, status_of_vanished
 from blocks.store_check import check_store
-from trainer.contract import AttemptLayout, ExitRecord, Progress, StoredRecord, TrainJob, UserInput, utc_now
+from trainer.contract import AttemptLayout, StoredRecord, TrainJob, UserInput, utc_now
 from trainer.storage import ObjectFolder
 
-Record = TypeVar("Record", bound=StoredRecord)
 SUBMISSION = "submission.json"
 PAGE = "500"
 
@@ -179,7 +178,7 @@ class KubernetesProvider(Provider[KubernetesSettings]):
         spec = plan.spec
         objects = self.objects(spec.attempt_uri)
         config = TrainJob.model_validate({**cast("Object", plan.request["config"]), "fingerprint": plan.fingerprint})
-        objects.put(AttemptLayout.CONFIG, config.model_dump_json(indent=1, exclude_none=True).encode())
+        write_job(objects, config)
         note = Submission(
             name=job_name(spec.run_id, spec.attempt),
             namespace=self.settings.namespace,
@@ -262,16 +261,16 @@ class KubernetesProvider(Provider[KubernetesSettings]):
             job=job,
             pods=known,
             events=self._events(namespace, pending or [name]) if waits else [],
-            progress=read_record(objects, AttemptLayout.PROGRESS, Progress),
-            ended=read_record(objects, AttemptLayout.EXIT, ExitRecord),
+            progress=read_progress(objects),
+            ended=read_exit(objects),
             now=utc_now(),
         )
 
     def _vanished(self, ref: JobRef, objects: ObjectFolder) -> JobStatus:
         note = read_submission(objects)
         status = status_of_vanished(
-            read_record(objects, AttemptLayout.EXIT, ExitRecord),
-            read_record(objects, AttemptLayout.PROGRESS, Progress),
+            read_exit(objects),
+            read_progress(objects),
             stopped=objects.get(AttemptLayout.STOP) is not None,
             price=note.usd_per_hour if note is not None else None,
         )
@@ -321,13 +320,10 @@ class KubernetesProvider(Provider[KubernetesSettings]):
 
     def _read_object_log(self, ref: JobRef, place: LogCursor) -> LogBatch:
         """What the pods no longer tell: the log that the trainer kept in the bucket."""
-        text = self.objects(ref.output_uri).get(AttemptLayout.LOG) or b""
-        offset = place_in_log(text, place) if place.offset is None else place.offset
-        data = text[offset : offset + BATCH_BYTES]
-        more = offset + len(data) < len(text)
-        whole = data[: data.rfind(b"\n") + 1] or data if more else data
-        going_on = place.model_copy(update={"offset": offset + len(whole)})
-        return LogBatch(lines=tuple(whole.decode(errors="replace").splitlines()), cursor=str(going_on), ended=not more)
+        objects = self.objects(ref.output_uri)
+        offset = place_in_log(objects.get(AttemptLayout.LOG) or b"", place) if place.offset is None else place.offset
+        batch = read_log(objects, str(offset), ended=True)
+        return batch.model_copy(update={"cursor": str(place.model_copy(update={"offset": int(batch.cursor)}))})
 
 
 MANAGED = "app.kubernetes.io/managed-by=trainyard"
@@ -368,9 +364,5 @@ def _stranger(job: Object) -> JobRef:
 
 
 def read_submission(objects: ObjectFolder) -> Submission | None:
-    return read_record(objects, SUBMISSION, Submission)
-
-
-def read_record(objects: ObjectFolder, name: str, kind: type[Record]) -> Record | None:
-    data = objects.get(name)
-    return None if data is None else kind.model_validate(json.loads(data))
+    data = objects.get(SUBMISSION)
+    return Submission.model_validate_json(data) if data else None

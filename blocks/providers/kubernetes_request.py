@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from pydantic import JsonValue
 
+from blocks.attempt_objects import build_container_job
 from blocks.job import JobSpec
 from blocks.naming import job_name, slug
 from blocks.providers.kubernetes_objects import CONTAINER
@@ -23,7 +24,7 @@ from blocks.providers.kubernetes_settings import (
     choose_class,
     find_price,
 )
-from trainer.contract import AttemptLayout, ExitCode, TrainJob
+from trainer.contract import FATAL_EXITS, AttemptLayout, ExitCode
 
 MANAGED_BY = {"app.kubernetes.io/managed-by": "trainyard"}
 FINGERPRINT = f"{OWN_PREFIX}fingerprint"
@@ -35,11 +36,10 @@ CANCELLED_AT = f"{OWN_PREFIX}cancelled-at"
 # What may differ between two submissions of one plan.
 VOLATILE = (FLOW_RUN, PRICE, FINGERPRINT)
 
-SUPERSEDED = 76  # another container has taken the attempt over; a Job that failed for it would stop that one
-# What counts for nothing: the pod was told to stop, and saved.
-IGNORED_EXITS = (int(ExitCode.PREEMPTED), SUPERSEDED)
+# What counts for nothing: the pod was told to stop, and saved; or another container has the attempt, which a failed Job would stop.
+IGNORED_EXITS = (int(ExitCode.PREEMPTED), int(ExitCode.SUPERSEDED))
 # Another machine would end the same way. 137 without a disruption is the kernel's, for want of memory.
-FATAL_EXITS = (*sorted(int(code) for code in ExitCode if code not in (ExitCode.OK, ExitCode.UNAVAILABLE, *IGNORED_EXITS)), 137)
+FATAL = (*sorted(int(code) for code in FATAL_EXITS), 137)
 MARGIN_SECONDS = 5  # from the trainer's own end to SIGKILL
 CACHE_PATH = "/cache"
 HOME_PATH = "/home/trainyard"
@@ -56,16 +56,7 @@ def build_config(spec: JobSpec, settings: KubernetesSettings) -> dict[str, JsonV
     shared: dict[str, Any] = {}
     if settings.enable_shared_cache and spec.dataset.store_uri is not None:
         shared = {"cache_dir": f"{CACHE_PATH}/datasets", "cache_limit_gib": settings.cache_limit_gib}
-    job = TrainJob(
-        run_id=spec.run_id,
-        attempt=spec.attempt,
-        name=spec.name,
-        config=spec.config,
-        dataset=spec.dataset,
-        output_uri=f"{spec.output_uri}/{spec.run_id}",
-        **shared,
-    )
-    values = job.model_dump(mode="json", exclude={"fingerprint"})
+    values = build_container_job(spec, **shared).model_dump(mode="json", exclude={"fingerprint"})
     return {**values, "dataset": spec.dataset.model_dump(mode="json", exclude_none=True)}
 
 
@@ -112,7 +103,7 @@ def build_failure_policy() -> dict[str, JsonValue]:
         "rules": [
             {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             _on_exits("Ignore", IGNORED_EXITS),
-            _on_exits("FailJob", FATAL_EXITS),
+            _on_exits("FailJob", FATAL),
         ]
     }
 

@@ -7,7 +7,7 @@ import sys
 
 from tests.cluster.programs import build
 from tests.cluster.rig import require_cluster, start_or_find, stop_cluster
-from tests.docker_engine import starting
+from tests.shared_rig import starting
 
 
 def main(verb: str) -> None:

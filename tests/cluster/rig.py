@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.place import Place, cluster_folder, found_place, new_place
 from tests.cluster.programs import require_programs
 from tests.components import skip_or_fail
-from tests.docker_engine import starting
+from tests.shared_rig import shared
 
 
 def require_cluster() -> Path:
@@ -58,22 +57,8 @@ def start_or_find(folder: Path) -> Cluster:
     return cluster
 
 
-@contextmanager
-def running_cluster() -> Iterator[Cluster]:
-    """Shared with every other test run of this user. The system drops the lock of a user that is killed."""
-    folder = require_cluster()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "users.lock").open("w") as users:
-        with starting(folder):
-            fcntl.flock(users, fcntl.LOCK_SH)
-            cluster = start_or_find(folder)
-        try:
-            yield cluster
-        finally:
-            with starting(folder), suppress(BlockingIOError):
-                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not (folder / "kept").exists():
-                    stop_cluster(folder)
+def running_cluster() -> AbstractContextManager[Cluster]:
+    return shared(require_cluster(), start_or_find, stop_cluster)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.rig import cluster
 from tests.contract.staged import write_source
-from tests.stores import az, no_cloud, s3, server, store_uri
+from tests.faults import FaultProxy, running_proxy
+from tests.stores import StoreServer, az, no_cloud, s3, server, store_uri
 
 __all__ = ["az", "cluster", "no_cloud", "s3", "server", "store_uri"]
 
@@ -12,3 +14,10 @@ __all__ = ["az", "cluster", "no_cloud", "s3", "server", "store_uri"]
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return write_source(tmp_path / "source")
+
+
+@pytest.fixture
+def proxy(server: StoreServer) -> Iterator[FaultProxy]:
+    """Before the store: it slows, cuts and loses."""
+    with running_proxy(server.address) as made:
+        yield made

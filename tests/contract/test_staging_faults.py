@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ import pytest
 
 from blocks.staging import LARGE_BYTES, stage_folder
 from tests.contract.staged import assert_no_duplicates, assert_same, contents, objects, sizes, touch_old
-from tests.faults import ALWAYS, Action, Fault, FaultProxy, running_proxy
+from tests.faults import ALWAYS, Action, Fault, FaultProxy
 from tests.stores import StoreServer, new_store
 from trainer import storage
 from trainer.contract import ExitCode, TrainerError
@@ -24,12 +23,6 @@ if TYPE_CHECKING:
 
 PACK_BYTES = 200_000  # five packs of the source
 KINDS = ("packs/", "files/", "manifests/", "refs/")
-
-
-@pytest.fixture
-def proxy(server: StoreServer) -> Iterator[FaultProxy]:
-    with running_proxy(server.address) as made:
-        yield made
 
 
 @pytest.fixture

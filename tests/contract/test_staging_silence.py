@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from click.testing import CliRunner
 from blocks.staging import LARGE_BYTES, stage_folder
 from flows.cli_dataset import dataset
 from tests.contract.staged import assert_same
-from tests.faults import ALWAYS, Fault, FaultProxy, running_proxy
+from tests.faults import ALWAYS, Fault, FaultProxy
 from tests.stores import StoreServer, new_store
 from trainer import storage
 from trainer.contract import ExitCode, TrainerError
@@ -23,12 +22,6 @@ from trainer.fetching import fetch_version, verify_version
 
 FIRST_SECONDS = 0.5
 STALL_SECONDS = 2.0
-
-
-@pytest.fixture
-def proxy(server: StoreServer) -> Iterator[FaultProxy]:
-    with running_proxy(server.address) as made:
-        yield made
 
 
 @pytest.fixture

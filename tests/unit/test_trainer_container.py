@@ -227,7 +227,7 @@ def test_a_config_at_the_root_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folder_that_is_missing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--attempt-dir", str(tmp_path / "none")]) == ExitCode.NOT_FOUND
-    assert "there is no folder" in capsys.readouterr().out
+    assert "there is no config.json" in capsys.readouterr().out
 
 
 def test_a_slash_too_few_is_no_folder() -> None:
