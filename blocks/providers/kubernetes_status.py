@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
+from blocks.attempt_objects import PHASE_STATES, parse_exit
 from blocks.job import FailureReason, JobState, JobStatus, seconds_between
 from blocks.providers.kubernetes_causes import (
     Cause,
@@ -37,13 +38,8 @@ from trainer.contract import ExitCode, ExitRecord, Phase, Progress, utc_now
 
 CONDITIONS = frozenset({"Suspended", "FailureTarget", "SuccessCriteriaMet", "Complete", "Failed"})
 
-PHASE_STATES = {
-    Phase.QUEUED: JobState.STARTING,
-    Phase.PREPARING: JobState.STARTING,
-    Phase.TRAINING: JobState.RUNNING,
-    Phase.EVALUATING: JobState.RUNNING,
-    Phase.FINISHING: JobState.RUNNING,
-}
+# A pod has its machine: what waits in it, waits for no other.
+POD_STATES = {**PHASE_STATES, Phase.QUEUED: JobState.STARTING}
 
 
 class Native(NamedTuple):
@@ -204,7 +200,7 @@ def _look_running(native: Native, pod: Object) -> View:
     began = time_at(container_state(pod), "running", "startedAt")
     if progress is None or (restarted and began is not None and progress.updated_at < began):
         return View(state=JobState.STARTING, native="Running", message="the container has started")
-    return View(state=PHASE_STATES[progress.phase], native="Running", message=progress.message)
+    return View(state=POD_STATES[progress.phase], native="Running", message=progress.message)
 
 
 # --- Times -----------------------------------------------------------------------------------------------
@@ -234,22 +230,11 @@ def find_times(native: Native, *, terminal: bool) -> tuple[datetime | None, date
 def status_of_vanished(ended: ExitRecord | None, progress: Progress | None, *, stopped: bool, price: float | None) -> JobStatus | None:
     """The state of a Job that the cluster no longer has, as the bucket tells it. None where it tells no end."""
     if ended is not None:
-        # A trainer that got TERM before it saw why says that it was pre-empted.
-        cancelled = ended.cancelled or (stopped and ended.exit_code == ExitCode.PREEMPTED)
-        state = JobState.SUCCEEDED if ended.exit_code == 0 else JobState.CANCELLED if cancelled else JobState.FAILED
         seconds = seconds_between(ended.started_at, ended.ended_at)
-        return JobStatus(
-            state=state,
-            native_state="removed",
-            reason=None if cancelled else ended.reason,
-            message=ended.message,
-            hint=ended.hint,
-            exit_code=ended.exit_code,
-            progress=progress,
-            cost_usd=None if price is None else round(price * seconds / 3600, 4),
-            started_at=ended.started_at,
-            ended_at=ended.ended_at,
-        )
+        status = parse_exit(ended, progress, None if price is None else round(price * seconds / 3600, 4))
+        if stopped and ended.exit_code == ExitCode.PREEMPTED:  # a trainer that got TERM before it saw why
+            status = status.model_copy(update={"state": JobState.CANCELLED, "reason": None})
+        return status.model_copy(update={"native_state": "removed"})
     if stopped:
         return JobStatus(
             state=JobState.CANCELLED, native_state="removed", message="stopped as asked", progress=progress, ended_at=utc_now()
