@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-from functools import cache
 from pathlib import Path
 
 from tests.components import cache_folder, skip_or_fail
@@ -30,14 +29,12 @@ def found(name: str) -> Path | None:
     return next((folder / name for folder in [*folders, binaries()] if (folder / name).is_file()), None)
 
 
-@cache  # found once, wherever a test then says that home is
 def kubernetes_program(name: str) -> str:
     if (program := found(name)) is None:
         skip_or_fail(f"not here: {name} ({BUILD}: eight minutes, once; it needs Go {go_version()})")
     return str(program)
 
 
-@cache
 def debian_file(name: str) -> Path:
     """A file of the Debian packages that `.ci/run` unpacks, once per machine."""
     folder = cache_folder("debian")

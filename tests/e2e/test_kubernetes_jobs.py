@@ -288,16 +288,18 @@ def test_every_way_to_log_in(jobs: Jobs, cluster: Cluster) -> None:
 def test_a_pod_is_who_its_service_account_is(jobs: Jobs, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kubernetes.config import incluster_config
 
-    monkeypatch.delenv("KUBECONFIG", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "token").write_text(cluster.token(jobs.namespace, "default"))
     address, _, port = cluster.server.removeprefix("https://").rpartition(":")
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", address)
-    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", port)
-    monkeypatch.setattr(kubernetes_client, "SERVICE_ACCOUNT", tmp_path)
-    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
-    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(cluster.certificate))
-    lines = {line.name: line for line in jobs.provider(kubeconfig_path="").check().lines}
+    certificate = str(cluster.certificate)
+    with monkeypatch.context() as pod:  # no longer: the rig's own programs are below the real home
+        pod.delenv("KUBECONFIG", raising=False)
+        pod.setenv("HOME", str(tmp_path))
+        pod.setenv("KUBERNETES_SERVICE_HOST", address)
+        pod.setenv("KUBERNETES_SERVICE_PORT", port)
+        pod.setattr(kubernetes_client, "SERVICE_ACCOUNT", tmp_path)
+        pod.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+        pod.setattr(incluster_config, "SERVICE_CERT_FILENAME", certificate)
+        lines = {line.name: line for line in jobs.provider(kubeconfig_path="").check().lines}
     assert lines["identity"].message == f"system:serviceaccount:{jobs.namespace}:default"
 
 
