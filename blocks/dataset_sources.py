@@ -14,7 +14,7 @@ from blocks.label_matching import is_image
 from blocks.places import home
 from blocks.refs import NAME, find_version
 from blocks.registering import Registered, register_uri
-from blocks.staging import Counts, Staged, stage_folder
+from blocks.staging import OnCounts, Staged, stage_folder
 from trainer.contract import DatasetCheck, DatasetRef, ExitCode, TrainerError
 from trainer.dataset import DatasetIndex
 from trainer.fetching import read_version
@@ -25,7 +25,6 @@ SUFFIX = ".used"  # of the name in the store: the files that trainings use, besi
 
 SPARE_DAYS = 30  # for queues, and a person who resumes
 
-OnCounts = Callable[[Counts], None]
 EndpointOf = Callable[[str], str | None]  # the address of the store of a URI, where that is not its cloud's own
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,8 @@ from blocks.scanning import Stat, stat_of, vanished_error
 from trainer.errors import ExitCode, TrainerError
 
 MEMORY_BYTES = 16 * 2**20  # larger ones are hashed first, and sent from the file
+TAKE_FILES = 512  # looked up together: each statement waits for the interpreter, which the readers hold
+TAKE_BYTES = 4 * 2**20
 
 
 class Read(NamedTuple):
@@ -60,6 +64,22 @@ def read_all(descriptor: int, size: int) -> bytes:
     while content := os.read(descriptor, size + 1):
         parts.append(content)
     return b"".join(parts)
+
+
+def take_read(ahead: deque[tuple[Future[list[Read]] | str, int]]) -> tuple[list[Read] | str, int]:
+    """The first of the queue, once it has been read, with what has been read behind it; and their bytes."""
+    first, size = ahead.popleft()
+    if isinstance(first, str):
+        return first, size
+    found = list(first.result())
+    while ahead and len(found) < TAKE_FILES and size < TAKE_BYTES:
+        more, size_of_more = ahead[0]
+        if isinstance(more, str) or not more.done():
+            break
+        found += more.result()
+        size += size_of_more
+        ahead.popleft()
+    return found, size
 
 
 def changed_error(full: str) -> TrainerError:

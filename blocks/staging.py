@@ -12,67 +12,37 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from blocks.concurrency import AdaptivePool
+from blocks.counting import Counting, Counts
 from blocks.leases import Lease, check_generation, settled_generation, until_uncollected
-from blocks.reading import MEMORY_BYTES, Read, read_files
+from blocks.reading import MEMORY_BYTES, Read, read_files, take_read
 from blocks.refs import Ref, move_ref, newest_refs, read_ref
 from blocks.scanning import Scan, Stat, place_within
-from blocks.sending import PART_BYTES, PARTS_AT_ONCE, list_objects, list_sizes, object_names, put_file, put_object
+from blocks.sending import list_objects, list_sizes, object_names
 from blocks.stat_cache import StatCache
+from blocks.uploads import LARGE_BYTES, Uploader
 from trainer.errors import ExitCode, TrainerError
-from trainer.packs import (
-    BLOCK,
-    END,
-    ManifestHeader,
-    VersionHash,
-    file_key,
-    manifest_key,
-    pack_id,
-    pack_key,
-    padding,
-    tar_header,
-    write_manifest,
-)
+from trainer.packs import ManifestHeader, StagedFile, VersionHash, manifest_key, write_manifest
 from trainer.silence import SilenceWatch
 from trainer.storage import SEND_SECONDS, folders_told_plainly, open_store, to_uri, told_plainly
 
-if TYPE_CHECKING:
-    from obstore.store import ObjectStore
+OnCounts = Callable[[Counts], None]
 
-PACK_BYTES = 16 * 2**20
-# Larger files are objects of their own. Measured on loopback, 150 MB of files, medians of 4, packed against on their own, CPU seconds of
-# client and server: 0.57 against 0.68 at 300 KB, 0.52 against 0.53 at 1 MB, 0.53 against 0.49 at 3 MB; wall with 30 ms of latency: 0.92
-# against 1.20 s, 0.88 against 0.91 s, 0.78 against 0.78 s. So what is saved by packing is gone from 1 MB on.
-LARGE_BYTES = 2**20
 READ_FILES = 64
 READ_BYTES = 2**20
 READERS = 32  # at most; a cold disk wants many, what is in memory already is read fastest by few
 FIRST_READERS = 1
 AHEAD_BYTES = 32 * 2**20  # read and not yet packed
 AHEAD_BATCHES = 8
-TAKE_FILES = 512  # looked up together: each statement waits for the interpreter, which the readers hold
-TAKE_BYTES = 4 * 2**20
-SENDERS = 32  # at most
-FIRST_SENDERS = 4
-FLYING_BYTES = 96 * 2**20  # handed to the senders and not yet in the store
 MAX_DEPTH = 8  # manifests that say only what differs, before one says all again
 OTHER_NAMES = 16  # datasets of the store that a new one is compared with, those staged last first
 MAX_SHARE = 0.25  # of the files; where more differs, the manifest says all again
-
-
-@dataclass
-class Counts:
-    """For whoever watches: files and bytes looked at for their content, and what of it was sent."""
-
-    changed_files: int = 0
-    read_bytes: int = 0
-    sent_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,27 +60,11 @@ class Staged:
     left_out: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
 
 
-@dataclass
-class Pack:
-    """A pack that fills. ``id`` is known once it is full."""
-
-    content: bytearray = field(default_factory=bytearray)
-    digests: list[tuple[bytes, int]] = field(default_factory=list[tuple[bytes, int]])
-    offsets: list[int] = field(default_factory=list[int])
-
-    def add(self, digest: bytes, content: bytes) -> None:
-        self.digests.append((digest, len(content)))
-        self.offsets.append(len(self.content) + BLOCK)
-        self.content += tar_header(digest, len(content))
-        self.content += content
-        self.content += padding(len(content))
-
-
 def stage_folder(
     root: Path,
     store_uri: str,
     name: str | None = None,
-    on_progress: Callable[[Counts], None] | None = None,
+    on_progress: OnCounts | None = None,
     *,
     only: Sequence[str] | None = None,
     again: bool = False,
@@ -119,55 +73,54 @@ def stage_folder(
     """Makes the folder's files the newest version of the dataset `name` (default: the folder's name) in the store.
 
     With `only`, sorted relative paths, these files and no others, whatever they are called.
-    With `again` nothing that the store has is relied on: all is read and sent, which mends a damaged one.
-    `on_silence` hears, from another thread, that the store does not answer.
+    With `again` nothing that is known of folder and store is relied on: all is read, here and there, and what the store lacks or has
+    wrong is sent, which mends a damaged one.
+    `on_silence` hears what is waited for: from another thread, that the store does not answer; at first, who stages this folder, or
+    something else as this dataset, from this machine.
     Raises TrainerError: NOT_FOUND, PERMISSION, DATA (names; a file that changes while it is read), UNAVAILABLE.
     """
     started = time.monotonic()
     root, store_uri = root.absolute(), to_uri(store_uri)
     name = name or root.name or "dataset"
     inner = place_within(store_uri, root)
-    cache = StatCache(root, store_uri, name)
-    counts = Counts()
+    counts = Counts(total_files=len(only) if only is not None else 0)
+
+    def tell_wait(holder: str) -> None:
+        if on_silence is not None:
+            on_silence(f"waiting for {holder}, which stages this folder or dataset: what it sends is not sent again")
 
     def work() -> tuple[Ref, Scan]:
-        stager = _Stager(root, store_uri, name, cache, on_progress)
-        stager.counts, stager.silence = counts, silence
+        counts.done_files = counts.done_bytes = counts.reused_bytes = 0
+        stager = _Stager(root, store_uri, name, cache, counts, silence, on_progress or (lambda _: None))
         with stager.lease:
             return stager.run(Scan(root, only, inner), again=again)
 
-    try:
-        with told_plainly(store_uri), folders_told_plainly(), SilenceWatch(on_silence, SEND_SECONDS) as silence:
-            ref, scan = until_uncollected(work, store_uri)
-    finally:
-        cache.close()
+    with (
+        StatCache(root, store_uri, name, tell_wait) as cache,
+        told_plainly(store_uri),
+        folders_told_plainly(),
+        SilenceWatch(on_silence, SEND_SECONDS) as silence,
+        Counting(Scan(root, None, inner), counts) if on_progress and only is None else nullcontext(),
+    ):
+        ref, scan = until_uncollected(work, store_uri)
     seconds = time.monotonic() - started
     return Staged(name, ref.version, store_uri, ref.files, ref.bytes, counts.changed_files, counts.sent_bytes, seconds, scan.left_out)
 
 
 class _Stager:
-    def __init__(self, root: Path, uri: str, name: str, cache: StatCache, on_progress: Callable[[Counts], None] | None) -> None:
+    def __init__(self, root: Path, uri: str, name: str, cache: StatCache, counts: Counts, silence: SilenceWatch, tell: OnCounts) -> None:
         self.root, self.uri, self.name, self.cache = root, uri, name, cache
         self.store = open_store(uri)
-        self.on_progress = on_progress
-        self.counts = Counts()
-        self.silence = SilenceWatch()
+        self.counts, self.silence = counts, silence
+        self.tell = partial(tell, counts)
         self.lease = Lease(self.store, name)
-        self.pack = Pack()
-        self.pending: set[bytes] = set()  # on its way to the store
-        self.listed: dict[str, int] = {}  # what the store had, where it was asked
-        self.flying: deque[tuple[Future[None], int, int, list[tuple[bytes, str, int]]]] = deque()
         self.readers = AdaptivePool(FIRST_READERS, READERS, reads_files=True)
-        self.senders = AdaptivePool(FIRST_SENDERS, SENDERS)
-
-    @cached_property
-    def sending(self) -> ObjectStore:
-        return open_store(self.uri, "send")
+        self.uploader = Uploader(uri, root, cache, counts, silence, self.tell)
 
     def run(self, scan: Scan, *, again: bool) -> tuple[Ref, Scan]:
         ref, _ = read_ref(self.store, self.uri, self.name)
         base = self._trust(ref, again=again)
-        changed = self._send(self.cache.changes(scan.files(), distrust=not base))
+        changed = self._send(self.cache.changes(scan.files(), self.counts, distrust=not base))
         if ref is not None and base and not changed:
             return ref, scan
         newest = self._write_manifest(base, again=again)
@@ -175,7 +128,7 @@ class _Stager:
             self.cache.commit(ref.version, ref.depth)
             return ref, scan
         with self.silence.asking():
-            move_ref(self.sending, self.uri, self.name, newest)
+            move_ref(self.uploader.store, self.uri, self.name, newest)
         check_generation(self.store, self.uri, self.cache.get("generation"))
         self.cache.commit(newest.version, newest.depth)
         return newest, scan
@@ -188,19 +141,47 @@ class _Stager:
         self.lease.confirm()
         self.cache.set("generation", settled_generation(self.store, self.uri, self.lease.store_time))
         if again:
-            self.cache.forget_placed()
+            self._compare(ref)
             return ""
-        from trainer.fetching import read_version
-
         # A new name may well be of files that the store has under another.
         for known in [ref] if ref is not None else newest_refs(self.store, self.uri)[:OTHER_NAMES]:
-            with suppress(TrainerError), self.cache.writer:  # gone or damaged: it says nothing, and is written anew
-                self.cache.writer.execute("BEGIN")
-                files = read_version(self.store, known.version)[1]
-                self.cache.add_placed((file.sha256, file.pack, file.offset) for file in files if not file.in_place)
-        self.listed = list_sizes(self.store)
-        self.cache.keep_placed(object_names(self.listed))
+            self._learn(known.version)
+        self.uploader.listed = list_sizes(self.store)
+        self.cache.keep_placed(object_names(self.uploader.listed))
         return ""
+
+    def _learn(self, version: str, *, anew: bool = False) -> bool:
+        """Where the files of a version lie; with `anew`, nothing else is known then. False where its manifest is gone or damaged."""
+        with suppress(TrainerError), self.cache.writer:  # it says nothing, and is written anew
+            self.cache.writer.execute("BEGIN")
+            if anew:
+                self.cache.forget_placed()
+            self.cache.add_placed((file.sha256, file.pack, file.offset) for file in self._files_of(version))
+            return True
+        return False
+
+    def _files_of(self, version: str) -> Iterator[StagedFile]:
+        from trainer.fetching import read_version
+
+        return (file for file in read_version(self.store, version)[1] if not file.in_place)
+
+    def _compare(self, ref: Ref | None) -> None:
+        """Believes of the store only what is read there now and is right. An object of which a part is wrong is sent anew as a whole."""
+        from trainer.verifying import find_wrong
+
+        self.cache.forget_stats()
+        if ref is not None and self._learn(ref.version, anew=True):
+            files = self._files_of(ref.version)
+        else:  # this machine may know what the manifest said
+            self.cache.keep_placed_of_seen()
+            files = self.cache.staged_files()
+        self.counts.to_compare_bytes = ref.bytes if ref is not None else 0
+
+        def tell(size: int) -> None:
+            self.counts.compared_bytes += size
+            self.tell()
+
+        self.cache.forget_objects(object_names(find_wrong(self.uri, files, tell, self.silence)))
 
     # --- What changed ---
 
@@ -216,12 +197,14 @@ class _Stager:
                     self.cache.writer.execute("BEGIN")
                 self._take(found)
             if began:
-                self._close_pack()
-                self._settle(0)
+                self.uploader.finish()
                 self.cache.writer.execute("COMMIT")
+        except BaseException:
+            self.uploader.abandon()
+            raise
         finally:
             self.readers.shutdown()
-            self.senders.shutdown()
+            self.uploader.shutdown()
         return began
 
     def _read(self, changes: Iterator[tuple[str, Stat | None]]) -> Iterator[list[Read] | str]:
@@ -232,73 +215,35 @@ class _Stager:
             ahead.append((batch if isinstance(batch, str) else self.readers.submit(size, read_files, self.root, batch, MEMORY_BYTES), size))
             waiting += size
             while waiting > AHEAD_BYTES or len(ahead) > AHEAD_BATCHES + 2 * self.readers.limit:
+                self._await(ahead[0][0])
                 found, taken = take_read(ahead)
                 waiting -= taken
                 yield found
         while ahead:
+            self._await(ahead[0][0])
             yield take_read(ahead)[0]
+
+    def _await(self, first: Future[list[Read]] | str) -> None:
+        """Until it has been read. What arrives meanwhile is remembered, as a large file takes its time."""
+        while isinstance(first, Future) and not first.done():
+            self.uploader.wait(first)
 
     def _take(self, found: list[Read] | str) -> None:
         if isinstance(found, str):
             self.cache.remove(found)
             return
         digests = [read.digest for read in found]
-        known = self.pending.intersection(digests) | self.cache.find_placed_among(digests)
+        known = self.uploader.pending.intersection(digests) | self.cache.find_placed_among(digests)
         for read in found:
             self.counts.changed_files += 1
             self.counts.read_bytes += read.stat.size
             if read.digest in known:
+                self.counts.reuse(1, read.stat.size)
                 continue
             known.add(read.digest)
-            if self._has_arrived(read):
-                self.cache.add_placed([(read.digest, "", 0)])
-                continue
-            self.pending.add(read.digest)
-            if read.stat.size > LARGE_BYTES:
-                send = partial(put_object, self.sending, file_key(read.digest), read.content) if read.content is not None else None
-                path = self.root / read.path
-                send = send or partial(put_file, self.sending, file_key(read.digest), path, read.stat, self.silence.answered)
-                self._submit(send, read.stat.size, [(read.digest, "", 0)])
-            else:
-                assert read.content is not None, "what is packed fits into memory"
-                self.pack.add(read.digest, read.content)
-                if len(self.pack.content) >= PACK_BYTES:
-                    self._close_pack()
+            self.uploader.add(read)
         self.cache.add_seen((read.path, read.stat, read.digest) for read in found)
-        if self.on_progress:
-            self.on_progress(self.counts)
-
-    def _has_arrived(self, read: Read) -> bool:
-        """Whether the store has this large file though the cache, as of a stage that was killed, does not say so.
-
-        Only what is sent from memory is certain to be what its name says: a larger one may have changed on its way.
-        """
-        return read.stat.size > LARGE_BYTES and read.content is not None and self.listed.get(file_key(read.digest)) == read.stat.size
-
-    def _close_pack(self) -> None:
-        pack, self.pack = self.pack, Pack()
-        if pack.digests:
-            name = pack_id(pack.digests)
-            rows = [(digest, name, offset) for (digest, _), offset in zip(pack.digests, pack.offsets, strict=True)]
-            pack.content += END
-            self._submit(partial(put_object, self.sending, pack_key(name), pack.content), len(pack.content), rows)
-
-    def _submit(self, send: Callable[[], None], size: int, rows: list[tuple[bytes, str, int]]) -> None:
-        held = size if size <= MEMORY_BYTES + PACK_BYTES else PART_BYTES * PARTS_AT_ONCE
-        self._settle(max(0, FLYING_BYTES - held))
-        self.flying.append((self.senders.submit(size, self.silence.during, send), size, held, rows))
-
-    def _settle(self, most: int) -> None:
-        """Waits until at most so many bytes are under way, and remembers where what has arrived lies."""
-        while self.flying and (self.flying[0][0].done() or sum(held for _, _, held, _ in self.flying) > most):
-            future, size, _, rows = self.flying.popleft()
-            future.result()
-            self.counts.sent_bytes += size
-            self.cache.add_placed(rows)
-            self.pending.difference_update(digest for digest, _, _ in rows)
-            # A stage that is cut here goes on from here.
-            self.cache.writer.execute("COMMIT")
-            self.cache.writer.execute("BEGIN")
+        self.tell()
 
     # --- The commit ---
 
@@ -331,7 +276,7 @@ class _Stager:
         out = io.BytesIO()
         write_manifest(out, header, self.cache.lines(difference=difference))
         with self.silence.asking():
-            obstore.put(self.sending, manifest_key(version), out.getbuffer())
+            obstore.put(self.uploader.store, manifest_key(version), out.getbuffer())
         self.counts.sent_bytes += out.tell()
         return Ref(version=version, files=total.files, bytes=total.bytes, depth=header.depth)
 
@@ -348,22 +293,6 @@ class _Stager:
 
 
 # --- Reading and sending -------------------------------------------------------------------------------
-
-
-def take_read(ahead: deque[tuple[Future[list[Read]] | str, int]]) -> tuple[list[Read] | str, int]:
-    """The first of the queue, once it has been read, with what has been read behind it; and their bytes."""
-    first, size = ahead.popleft()
-    if isinstance(first, str):
-        return first, size
-    found = list(first.result())
-    while ahead and len(found) < TAKE_FILES and size < TAKE_BYTES:
-        more, size_of_more = ahead[0]
-        if isinstance(more, str) or not more.done():
-            break
-        found += more.result()
-        size += size_of_more
-        ahead.popleft()
-    return found, size
 
 
 def batches(changes: Iterable[tuple[str, Stat | None]]) -> Iterator[tuple[list[str] | str, int]]:

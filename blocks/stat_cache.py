@@ -8,18 +8,22 @@ Losing the cache costs reading the files again, never sending them again.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice, starmap
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
+from blocks.counting import Counts
 from blocks.errors import ServiceUnavailable
 from blocks.places import home
 from blocks.scanning import Stat
-from trainer.locks import wait_for_lock
+from trainer.locks import holding
 from trainer.packs import StagedFile
 
 SCHEMA_VERSION = 1
@@ -35,17 +39,31 @@ CREATE TABLE IF NOT EXISTS gone (path TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 
 
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:24]
+
+
 class StatCache:
     """``seen``: files as last read, with the digest that the last committed version has; ``placed``: where contents lie in the store."""
 
-    def __init__(self, root: Path, store_uri: str, name: str) -> None:
-        key = hashlib.sha256(f"{SCHEMA_VERSION}\0{os.path.realpath(root)}\0{store_uri}\0{name}".encode()).hexdigest()[:24]
-        folder = home() / "staging"
-        lock = wait_for_lock(folder / f"{key}.lock", LOCK_SECONDS)
-        if lock is None:
-            raise ServiceUnavailable("another command has been staging this folder for an hour", hint="stop it, or wait for it")
-        self._lock = lock
-        path = folder / f"{key}.sqlite"
+    def __init__(self, root: Path, store_uri: str, name: str, on_wait: Callable[[str], None] | None = None) -> None:
+        """Waits for whoever stages this folder, or anything as this dataset, to that store from this machine: what he sends need not be
+        sent again. `on_wait` is told so. Raises ServiceUnavailable where he has not ended after an hour.
+        """
+        real, folder = os.path.realpath(root), home() / "staging"
+        path = folder / f"{_digest(str(SCHEMA_VERSION), real, store_uri, name)}.sqlite"
+        with ExitStack() as locks:
+            try:
+                # In this order everywhere, so that no two wait for each other.
+                for what in (("name", store_uri, name), ("folder", store_uri, real)):
+                    locks.enter_context(holding(folder / f"{_digest(*what)}.lock", on_wait, LOCK_SECONDS))
+            except TimeoutError as exc:
+                message = f"{exc} has been staging this folder or dataset for an hour"
+                raise ServiceUnavailable(message, hint="stop it, or wait for it") from exc
+            self._open_or_mend(path)
+            self._locks = locks.pop_all()
+
+    def _open_or_mend(self, path: Path) -> None:
         try:
             self._open(path)
         except sqlite3.DatabaseError as exc:  # damaged: it is only a cache
@@ -61,9 +79,15 @@ class StatCache:
         self.reader = sqlite3.connect(path, isolation_level=None)
 
     def close(self) -> None:
-        self.reader.close()
-        self.writer.close()
-        os.close(self._lock)
+        with self._locks:
+            self.reader.close()
+            self.writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
     def get(self, key: str) -> str:
         row = self.writer.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
@@ -72,8 +96,8 @@ class StatCache:
     def set(self, key: str, value: str) -> None:
         self.writer.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
-    def changes(self, files: Iterable[tuple[str, Stat]], *, distrust: bool) -> Iterator[tuple[str, Stat | None]]:
-        """Files that are new, changed, gone (no stat) or, with `distrust`, known and in no known pack.
+    def changes(self, files: Iterable[tuple[str, Stat]], counts: Counts, *, distrust: bool) -> Iterator[tuple[str, Stat | None]]:
+        """Files that are new, changed, gone (no stat) or, with `distrust`, known and in no known pack. The others are counted as reused.
 
         Both sides are sorted, so a row of each is all that is held.
         """
@@ -91,6 +115,8 @@ class StatCache:
                 continue
             if row[1:5] != found or not row[5]:
                 yield path, found
+            else:
+                counts.reuse(1, found.size)
             row = next(rows, None)
         while row is not None:
             yield row[0], None
@@ -129,8 +155,21 @@ class StatCache:
         while some := list(islice(remaining, ROWS_AT_ONCE)):
             self._insert("INSERT OR REPLACE INTO placed VALUES (?, ?, ?)", "", some)
 
+    def forget_stats(self) -> None:
+        """All files are read again."""
+        self.writer.execute("UPDATE seen SET mtime_ns = -1")
+
     def forget_placed(self) -> None:
         self.writer.execute("DELETE FROM placed")
+
+    def forget_objects(self, names: set[str]) -> None:
+        """Forgets what lies in these packs, or as these large objects."""
+        where = "CASE pack WHEN '' THEN lower(hex(sha256)) ELSE pack END IN (SELECT value FROM json_each(?))"
+        self.writer.execute(f"DELETE FROM placed WHERE {where}", (json.dumps(sorted(names)),))  # noqa: S608 - constant
+
+    def keep_placed_of_seen(self) -> None:
+        """Forgets where contents lie that no file has."""
+        self.writer.execute("DELETE FROM placed WHERE sha256 NOT IN (SELECT sha256 FROM seen)")
 
     def keep_placed(self, objects: set[str]) -> None:
         """Forgets what lies in packs, or as large objects, that the store does not have."""
@@ -151,11 +190,14 @@ class StatCache:
         query = f"SELECT DISTINCT pack FROM seen JOIN placed USING (sha256) WHERE pack != '' {where} ORDER BY pack"  # noqa: S608
         return [row[0] for row in self.reader.execute(query)]
 
+    def staged_files(self) -> Iterator[StagedFile]:
+        query = "SELECT path, sha256, size, pack, offset FROM seen JOIN placed USING (sha256) ORDER BY path"
+        return starmap(StagedFile, self.reader.execute(query))
+
     def lines(self, *, difference: bool) -> Iterator[StagedFile | str]:
         """A manifest's lines: all files, or what differs from the version committed last."""
         if not difference:
-            query = "SELECT path, sha256, size, pack, offset FROM seen JOIN placed USING (sha256) ORDER BY path"
-            yield from starmap(StagedFile, self.reader.execute(query))
+            yield from self.staged_files()
             return
         query = (
             "SELECT path, sha256, size, pack, offset FROM seen JOIN placed USING (sha256) WHERE staged IS NOT seen.sha256"

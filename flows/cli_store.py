@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.staging_text import describe_counts, describe_staged, format_bytes, format_eta, format_rate
+from flows.staging_text import describe_counts, describe_number, describe_staged, format_bytes, format_eta, format_rate
+from trainer.errors import ExitCode
 
 if TYPE_CHECKING:
-    from blocks.staging import Counts
+    from blocks.counting import Counts
 
 
 def _not_empty(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
@@ -33,6 +37,7 @@ STORE = click.option(
     help="s3://bucket/prefix, az://..., gs://..., or a folder. [$TRAINYARD_STORE]",
 )
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+CLEAR = "\r\x1b[K"  # the line
 SHOW_EVERY_SECONDS = 0.5
 LOG_EVERY_SECONDS = 10.0
 
@@ -49,11 +54,11 @@ class Ticker:
         if now - self.shown >= (SHOW_EVERY_SECONDS if self.live else LOG_EVERY_SECONDS):
             self.shown = now
             line = text(now - self.started)
-            click.echo(f"\r\x1b[K{line}" if self.live else line, nl=not self.live, err=True)
+            click.echo(f"{CLEAR}{line}" if self.live else line, nl=not self.live, err=True)
 
     def end(self) -> None:
         if self.live and self.shown > self.started:
-            click.echo("\r\x1b[K", nl=False, err=True)
+            click.echo(CLEAR, nl=False, err=True)
 
     def say(self, line: str) -> None:
         """A line of its own, that stays."""
@@ -71,18 +76,41 @@ class Ticker:
         )
 
 
+@contextmanager
+def telling_what_is_kept(ticker: Ticker, kept: str) -> Generator[None]:
+    """Ctrl-C waits for what is under way: so it is told at once what is kept, and how to go on. A second one is as good as a kill."""
+
+    def end(_number: int, _frame: object) -> None:
+        os._exit(ExitCode.CANCELLED)
+
+    def stop(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, end)
+        line = f"stopping when what is under way is done (Ctrl-C again: at once); {kept}\n"
+        os.write(sys.stderr.fileno(), f"{CLEAR if ticker.live else ''}{line}".encode())  # the stream itself may be in use just now
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.default_int_handler:  # a shell has it ignored in what it starts in the background
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @click.command()
 @click.argument("path")
 @STORE
 @click.option("--name", help="Name of the dataset in the store. Default: the folder's.")
-@click.option("--again", is_flag=True, help="Read and send everything anew, for a store that was damaged.")
+@click.option("--again", is_flag=True, help="Mend a damaged store: read all, here and there, and send what is missing or wrong there.")
 @AS_JSON
 def stage(path: str, store_uri: str, name: str | None, again: bool, as_json: bool) -> None:
     """Bring the folder PATH into a store. What the store has already is not sent again."""
     from blocks.staging import stage_folder
 
     ticker = Ticker()
-    staged = stage_folder(Path(path), store_uri, name, ticker.on_counts, again=again, on_silence=ticker.say)
+    with telling_what_is_kept(ticker, "the store keeps what has arrived: the same command goes on from there"):
+        staged = stage_folder(Path(path), store_uri, name, ticker.on_counts, again=again, on_silence=ticker.say)
     ticker.end()
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(staged)))
@@ -105,18 +133,25 @@ def fetch(version: str, store_uri: str, folder: str, as_json: bool) -> None:
     ticker = Ticker()
     started = time.monotonic()
     wanted = find_version(store_uri, version)
-    fetched = fetch_version(store_uri, wanted, Path(folder).absolute(), ticker.on_bytes, on_silence=ticker.say)
+    place = Path(folder).absolute()
+    kept = f"{place}.partial-{wanted[:12]} keeps what has come: the same command goes on from there"
+    with telling_what_is_kept(ticker, kept):
+        fetched = fetch_version(
+            store_uri, wanted, place, ticker.on_bytes, on_wait=lambda who: ticker.say(f"waiting for {who}"), on_silence=ticker.say
+        )
     ticker.end()
     seconds = time.monotonic() - started
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(fetched), "folder": folder, "seconds": seconds}))
     else:
         text = (
-            f"{fetched.fetched_files} fetched, {format_rate(fetched.fetched_bytes, seconds)}"
+            f"{describe_number(fetched.fetched_files, 'file')} fetched, {format_rate(fetched.fetched_bytes, seconds)}"
             if fetched.fetched_files
             else "all there already"
         )
-        click.echo(f"{folder}: version {fetched.version[:12]}, {fetched.files} files, {format_bytes(fetched.bytes)}; {text}")
+        click.echo(
+            f"{folder}: version {fetched.version[:12]}, {describe_number(fetched.files, 'file')}, {format_bytes(fetched.bytes)}; {text}"
+        )
 
 
 @click.command()
@@ -126,7 +161,7 @@ def fetch(version: str, store_uri: str, folder: str, as_json: bool) -> None:
 def verify(version: str, store_uri: str, as_json: bool) -> None:
     """Read every file of VERSION in the store and compare its sha256."""
     from blocks.refs import find_version
-    from trainer.fetching import verify_version
+    from trainer.verifying import verify_version
 
     ticker = Ticker()
     verified = verify_version(store_uri, find_version(store_uri, version), ticker.on_bytes, on_silence=ticker.say)
@@ -135,7 +170,7 @@ def verify(version: str, store_uri: str, as_json: bool) -> None:
     click.echo(
         json.dumps(told)
         if as_json
-        else f"version {verified.version[:12]}: {verified.files} files, {format_bytes(verified.bytes)}, all right"
+        else f"version {verified.version[:12]}: {describe_number(verified.files, 'file')}, {format_bytes(verified.bytes)}, all right"
     )
 
 
@@ -207,10 +242,11 @@ def show(version: str, store_uri: str, as_json: bool) -> None:
     from flows.display import print_table
 
     click.echo(
-        f"version {wanted}: {header.files} files, {format_bytes(header.bytes)}, in {told['packs']} packs and {large} objects of their own"
+        f"version {wanted}: {describe_number(header.files, 'file')}, {format_bytes(header.bytes)}, in "
+        f"{describe_number(len(packs - {''}), 'pack')} and {describe_number(large, 'large object')}"
     )
     for place, count in sorted(places.items()):
-        click.echo(f"{count} of them lie in place at {place}")
+        click.echo(f"{describe_number(count, 'file')} of them in place at {place}")
     print_table(
         "largest folders", ("folder", "files", "size"), [(name, folders[name], format_bytes(size)) for name, size in sizes.most_common(20)]
     )

@@ -18,10 +18,10 @@ from prefect.flows import Flow
 from prefect.logging.loggers import flow_run_logger
 from prefect.runtime import flow_run as current_flow_run
 
+from blocks.counting import Counts
 from blocks.errors import RunNotFound
 from blocks.job import JobState, JobStatus, Result
 from blocks.record import RunFile, RunRecord
-from blocks.staging import Counts
 from flows.identity import record_of_flow_run
 from flows.reporting_text import (
     best_of,
@@ -162,7 +162,7 @@ class StagingReporter:
             self.logged_at = now
             self.logger.info(line)
             with best_effort(self.logger), run_page(current_flow_run.id) as page:
-                page.put(STAGING_KEY, "progress", min(100.0, 100.0 * counts.read_bytes / self.total) if self.total else 0.0, line)
+                page.put(STAGING_KEY, "progress", min(100.0, 100.0 * counts.done_bytes / self.total) if self.total else 0.0, line)
 
 
 def publish_report(record: RunRecord, run: RunFile, result: Result, logger: Logger) -> None:

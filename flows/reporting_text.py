@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from blocks.job import JobStatus, Result, seconds_between
 from blocks.record import RunFile, RunRecord
+from flows.staging_text import format_seconds
 from trainer.contract import METRIC_NAMES, AttemptLayout, DatasetRef, Progress
 from trainer.dataset import DatasetIndex, DatasetProblem, ProblemKind
 from trainer.storage import to_path
@@ -32,13 +33,6 @@ def describe_status(status: JobStatus) -> str:
     if status.message:
         parts.append(status.message)
     return ", ".join(parts)
-
-
-def format_seconds(seconds: float) -> str:
-    """`75` -> `1m15s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
 def read_epochs(record: RunRecord) -> list[Progress]:

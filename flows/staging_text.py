@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from blocks.counting import Counts
     from blocks.registering import Registered
-    from blocks.staging import Counts, Staged
+    from blocks.staging import Staged
 
 MOST_UNLABELLED = 0.05  # of the images: a training refuses more, unless it is told otherwise
 
@@ -19,25 +20,46 @@ def format_bytes(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+def describe_number(count: int, what: str) -> str:
+    """`1 file`, `1200 files`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def format_rate(size: int, seconds: float) -> str:
     return f"{format_bytes(size / max(seconds, 1e-3))}/s"
 
 
+def format_seconds(seconds: float) -> str:
+    """`75` -> `1m15s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
 def format_eta(done: int, total: int, seconds: float) -> str:
-    return f"{(total - done) * seconds / done:.0f} s" if done else "unknown"
+    return format_seconds(max(0, total - done) * seconds / done) if done else "unknown"
 
 
 def describe_counts(counts: Counts, seconds: float, total: int = 0) -> str:
-    """The line of a staging that is under way. `total` are the bytes of the whole dataset, where they are known."""
-    text = f"{counts.changed_files} files read, {format_bytes(counts.read_bytes)}, {format_rate(counts.read_bytes, seconds)}"
-    eta = f", ETA {format_eta(counts.read_bytes, total, seconds)}" if total and counts.read_bytes else ""
-    return f"{text}, {format_bytes(counts.sent_bytes)} sent{eta}"
+    """The line of a staging that is under way. `total` are the bytes of the whole dataset, where the counts do not know them.
+
+    "reused 99.1%": of the bytes that are in the store by now, those that it had before.
+    """
+    if not counts.done_files and counts.compared_bytes:
+        return f"{format_bytes(counts.compared_bytes)} of {format_bytes(counts.to_compare_bytes)} in the store compared"
+    total = counts.total_bytes or total
+    files = f"{counts.done_files} of {counts.total_files} files" if counts.total_files else describe_number(counts.done_files, "file")
+    size = format_bytes(counts.done_bytes) + (f" of {format_bytes(total)}" if total else "")
+    sent = f"{format_bytes(counts.sent_bytes)} sent, {format_rate(counts.sent_bytes, seconds)}"
+    eta = f", ETA {format_eta(counts.done_bytes, total, seconds)}" if total else ""
+    reused = f", reused {counts.reused_bytes / counts.done_bytes:.1%}" if counts.done_bytes else ""
+    return f"{files}, {size}, {sent}{eta}{reused}"
 
 
 def describe_staged(staged: Staged) -> str:
     reused = 1 - min(1.0, staged.sent_bytes / staged.bytes) if staged.bytes else 1.0
     return (
-        f"{staged.name}: version {staged.version[:12]}, {staged.files} files, {format_bytes(staged.bytes)}; "
+        f"{staged.name}: version {staged.version[:12]}, {describe_number(staged.files, 'file')}, {format_bytes(staged.bytes)}; "
         f"{format_bytes(staged.sent_bytes)} sent (reused {reused:.1%}) in {staged.seconds:.1f} s"
     )
 

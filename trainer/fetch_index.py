@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from trainer.errors import ExitCode, TrainerError
 from trainer.file_tree import NameRules
-from trainer.packs import InPlace, StagedFile, object_key
+from trainer.packs import STAGE_AGAIN, InPlace, StagedFile, object_key
 
 PART_BYTES = 4 * 2**20
 GAP_BYTES = 2**20  # a request costs about as much as this many bytes
@@ -27,6 +27,18 @@ class Wanted(NamedTuple):
     path: str
     size: int
 
+    def compare(self, digest: bytes) -> None:
+        """Raises TrainerError (DATA) where its content has another digest than it should have."""
+        if digest != self.sha256:
+            raise self.wrong()
+
+    def wrong(self) -> TrainerError:
+        return TrainerError(
+            f"{self.path} in {self.key} is damaged: its sha256 is not {self.sha256.hex()[:12]}...",
+            hint=STAGE_AGAIN,
+            code=ExitCode.DATA,
+        )
+
 
 class Part(NamedTuple):
     """A range of one object and the files in it. Longer than PART_BYTES only where it is one file and its copies."""
@@ -39,6 +51,10 @@ class Part(NamedTuple):
     @property
     def is_large(self) -> bool:
         return self.end - self.start > PART_BYTES
+
+    def cut(self, content: memoryview, file: Wanted) -> memoryview:
+        """What of the range's content is the file's."""
+        return content[file.offset - self.start :][: file.size]
 
 
 def wanted(file: StagedFile) -> Wanted:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from typing import IO, TYPE_CHECKING, cast
 from trainer.errors import ExitCode, TrainerError
 from trainer.fetch_index import FetchIndex, Part, Wanted, cut_parts
 from trainer.file_tree import FileTree, open_root, probe_names, remove_others, write_all
-from trainer.in_place import fetch_in_place, verify_in_place
+from trainer.in_place import fetch_in_place
 from trainer.locks import holding
 from trainer.packs import (
     MAX_MANIFEST_BYTES,
@@ -129,7 +128,9 @@ def fetch_version(
     Raises TrainerError: NOT_FOUND, DATA (damaged or hostile), DISK_FULL, OCCUPIED (`to` holds something else),
     CONFIG (a file system that takes two names for one), PERMISSION and UNAVAILABLE from the store.
     """
-    with told_plainly(store_uri), folders_told_plainly(), _named_in_hints(store_uri):
+    if os.path.lexists(to) and not to.is_dir():
+        raise TrainerError(f"{to} is a file, or a link to none", hint="give a new or empty folder", code=ExitCode.OCCUPIED)
+    with told_plainly(store_uri), folders_told_plainly(), named_in_hints(store_uri):
         store = open_store(store_uri)
         with holding(to.with_name(f"{to.name}.lock"), on_wait):
             header, files = read_version(store, version)
@@ -154,7 +155,7 @@ def fetch_version(
 
 
 @contextlib.contextmanager
-def _named_in_hints(store_uri: str) -> Iterator[None]:
+def named_in_hints(store_uri: str) -> Iterator[None]:
     """Who finds an object damaged knows its key, not the store's URI."""
     try:
         yield
@@ -173,41 +174,7 @@ def _is_whole(folder: Path, files: Iterator[StagedFile]) -> bool:
         return False
 
 
-def verify_version(
-    store_uri: str, version: str, on_progress: Progress | None = None, *, on_silence: Callable[[str], None] | None = None
-) -> Fetched:
-    """Reads every file of a version in the store and compares its sha256; keeps nothing. Raises as `fetch_version` does.
-
-    Files in place have no sha256 that is known: their store is asked whether they are as they were registered.
-    """
-    scratch_folder = tempfile.TemporaryDirectory(prefix="trainyard-")
-    with told_plainly(store_uri), folders_told_plainly(), _named_in_hints(store_uri), scratch_folder as scratch:
-        store = open_store(store_uri)
-        header, files = read_version(store, version)
-        silence = SilenceWatch(on_silence, PATIENCE.total_seconds())
-        reader = RangeReader(open_store(store_uri, "fetch"), silence)
-        count = _Count(header.bytes, on_progress)
-
-        def verify(part: Part) -> None:
-            if part.is_large:
-                total = hashlib.sha256()
-                for content in reader.read_ahead(part.key, part.start, part.end):
-                    total.update(content)
-                _compare(total.digest(), part.files[0])
-            else:
-                content = reader.read(part.key, part.start, part.end)
-                for file in part.files:
-                    _compare(hashlib.sha256(_cut(content, part, file)).digest(), file)
-            count.add(sum(file.size for file in part.files))
-
-        with contextlib.closing(FetchIndex(Path(scratch) / "index")) as index, silence:
-            index.fill(files)
-            reader.in_parallel(cut_parts(index.files()), verify)
-            verify_in_place(index.files_in_place(), store_uri, count.add, silence)
-    return Fetched(version, header.files, header.bytes, header.files, header.bytes)
-
-
-class _Count:
+class Count:
     """What is done, of all threads."""
 
     def __init__(self, total: int, on_progress: Progress | None) -> None:
@@ -232,7 +199,7 @@ class _Fetch:
         self.resumed = os.path.lexists(folder)
         self.silence = silence
         self.reader = RangeReader(open_store(store_uri, "fetch"), silence)
-        self.count = _Count(header.bytes, on_progress)
+        self.count = Count(header.bytes, on_progress)
 
     def run(self, files: Iterator[StagedFile], index_path: Path) -> Fetched:
         header = self.header
@@ -320,8 +287,8 @@ class _Fetch:
         read = time.monotonic()
         total = 0
         for file in part.files:
-            cut = _cut(content, part, file)
-            _compare(hashlib.sha256(cut).digest(), file)
+            cut = part.cut(content, file)
+            file.compare(hashlib.sha256(cut).digest())
             if self.resumed:
                 tree.remove(file.path)
             tree.write(file.path, cut)
@@ -336,7 +303,7 @@ class _Fetch:
             if self.resumed:
                 tree.remove(source.path)
             if not self._append(tree, part, source, 0):
-                raise _wrong(source)
+                raise source.wrong()
         self.count.add(0, files=len(missing))
         for copy in copies:
             if self.resumed:
@@ -368,20 +335,3 @@ class _Fetch:
         tree.remove(file.path)
         self.count.add(-file.size, fetched=kept - file.size)
         return False
-
-
-def _cut(content: memoryview, part: Part, file: Wanted) -> memoryview:
-    return content[file.offset - part.start :][: file.size]
-
-
-def _compare(digest: bytes, file: Wanted) -> None:
-    if digest != file.sha256:
-        raise _wrong(file)
-
-
-def _wrong(file: Wanted) -> TrainerError:
-    return TrainerError(
-        f"{file.path} in {file.key} is damaged: its sha256 is not {file.sha256.hex()[:12]}...",
-        hint=STAGE_AGAIN,
-        code=ExitCode.DATA,
-    )

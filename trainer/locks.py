@@ -58,15 +58,21 @@ def is_held(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def holding(path: Path, on_wait: Callable[[str], None] | None) -> Iterator[None]:
-    """One process at a time inside. The lock's file says which, and goes at the end; `on_wait` is told who has it."""
+def holding(path: Path, on_wait: Callable[[str], None] | None, seconds: float = math.inf) -> Iterator[None]:
+    """One process at a time inside. The lock's file says which, and goes at the end; `on_wait` is told who has it.
+
+    Raises TimeoutError, which names whoever has it, where he has not let go of it after so many seconds.
+    """
+    deadline = time.monotonic() + seconds
     lock = try_lock(path)
     if lock is None and on_wait:
         on_wait(_read_holder(path))
     while lock is None or not _is_same(lock, path):  # the one before removes it
         if lock is not None:
             os.close(lock)
-        lock = wait_for_lock(path)
+        lock = wait_for_lock(path, deadline - time.monotonic())
+        if lock is None and time.monotonic() > deadline:
+            raise TimeoutError(_read_holder(path))
     try:
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)

@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from blocks.staging import LARGE_BYTES
+import pytest
+
+from blocks.uploads import LARGE_BYTES
 from trainer.packs import packed_bytes
 from trainer.storage import list_paths, open_store
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
 
 
 def write_source(root: Path) -> Path:
@@ -60,6 +66,20 @@ def put(store_uri: str, key: str, data: bytes) -> None:
     import obstore
 
     obstore.put(open_store(store_uri), key, data)
+
+
+def record_puts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The keys of what is written from now on, in the order of their writing."""
+    import obstore
+
+    put, keys = obstore.put, list[str]()
+
+    def recording(store: ObjectStore, path: str, data: Any, **options: Any) -> object:
+        keys.append(path)
+        return put(store, path, data, **options)
+
+    monkeypatch.setattr(obstore, "put", recording)
+    return keys
 
 
 def assert_no_duplicates(store_uri: str, *sources: dict[str, bytes], beyond: int) -> None:

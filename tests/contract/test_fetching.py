@@ -16,8 +16,9 @@ from tests.staged_store import read_tree, write, write_store
 from trainer import ranges
 from trainer.contract import ExitCode, TrainerError
 from trainer.fetch_index import PART_BYTES
-from trainer.fetching import fetch_version, read_header, verify_version
+from trainer.fetching import fetch_version, read_header
 from trainer.storage import list_paths, open_store
+from trainer.verifying import verify_version
 
 SMALL = {f"d{number % 3}/{number}.jpg": random.Random(number).randbytes(5000) for number in range(200)}
 LARGE = {"large": random.Random(1).randbytes(3 * PART_BYTES + 5)}

@@ -14,10 +14,11 @@ import pytest
 from blocks.garbage import Freed, Policy, Reason, collect, open_marker, pin_version, plan_collection, unpin_version
 from blocks.leases import MARK_KEY, Lease
 from blocks.refs import delete_ref, read_ref
-from blocks.staging import LARGE_BYTES, Staged, stage_folder
+from blocks.staging import Staged, stage_folder
+from blocks.uploads import LARGE_BYTES
 from trainer.contract import ExitCode, TrainerError, utc_now
-from trainer.fetching import verify_version
 from trainer.storage import list_paths, open_store
+from trainer.verifying import verify_version
 
 AT_ONCE = Policy(grace=timedelta(0))
 NEWEST_ONLY = Policy(grace=timedelta(0), keep_previous=0)

@@ -21,9 +21,10 @@ from blocks.garbage import Policy, collect, open_marker, pin_version, unpin_vers
 from blocks.refs import delete_ref, list_refs
 from blocks.staging import stage_folder
 from trainer.contract import ExitCode, TrainerError
-from trainer.fetching import fetch_version, verify_version
+from trainer.fetching import fetch_version
 from trainer.packs import manifest_key
 from trainer.storage import list_paths, open_store
+from trainer.verifying import verify_version
 
 NAMES = ("cats", "dogs")
 KEPT = 2
@@ -73,8 +74,8 @@ class Store(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setenv("TRAINYARD_HOME", str(self.folder / "home"))
         # Small files in small packs, and some of them objects of their own.
-        self.patch.setattr("blocks.staging.PACK_BYTES", 2000)
-        self.patch.setattr("blocks.staging.LARGE_BYTES", 400)
+        self.patch.setattr("blocks.uploads.PACK_BYTES", 2000)
+        self.patch.setattr("blocks.uploads.LARGE_BYTES", 400)
         self.patch.setattr("blocks.staging.READ_FILES", 3)
         self.patch.setattr("blocks.leases.LOOK_SECONDS", 0.0)
         self.uri = (self.folder / "store").as_uri()
@@ -191,7 +192,7 @@ class Store(RuleBasedStateMachine):
             return put(store, path, *arguments, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("blocks.staging.SENDERS", 1)
+            patch.setattr("blocks.uploads.SENDERS", 1)
             patch.setattr(obstore, "put", meddling)
             self.stage(name, changes, False)
 

@@ -20,9 +20,10 @@ from tests.datasets import coco, config, label, voc, yolo
 from tests.stores import StoreServer
 from trainer.contract import ExitCode, TrainerError
 from trainer.dataset import check_dataset
-from trainer.fetching import fetch_version, verify_version
+from trainer.fetching import fetch_version
 from trainer.packs import manifest_key
 from trainer.storage import list_paths, open_store, to_path
+from trainer.verifying import verify_version
 
 
 @pytest.fixture

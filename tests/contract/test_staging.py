@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from blocks.refs import list_refs, read_ref, resolve_version
-from blocks.staging import LARGE_BYTES, Staged, stage_folder
-from tests.contract.staged import assert_same, get, objects, put, touch_old
+from blocks.staging import Staged, stage_folder
+from blocks.uploads import LARGE_BYTES
+from tests.contract.staged import assert_same, get, objects, put, record_puts, touch_old
 from trainer.contract import ExitCode, TrainerError
-from trainer.fetching import fetch_version, verify_version
+from trainer.fetching import fetch_version
 from trainer.packs import manifest_key
 from trainer.storage import open_store
+from trainer.verifying import verify_version
 
 
 def test_round_trip_is_bit_exact(store_uri: str, source: Path, tmp_path: Path) -> None:
@@ -145,6 +147,45 @@ def test_damage_is_refused_and_nothing_half_is_left(store_uri: str, source: Path
     assert sorted(path.name for path in tmp_path.glob("copy*")) == ["copy"]
 
 
+@pytest.mark.parametrize("cache", ["kept", "lost"])
+def test_staging_again_sends_what_is_missing_or_wrong_and_mends_older_versions(
+    store_uri: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    import obstore
+
+    monkeypatch.setattr("blocks.uploads.PACK_BYTES", 60_000)
+    first = stage_folder(source, store_uri)
+    touch_old(source / "d1/img 0001 ü.jpg", b"changed")
+    second = stage_folder(source, store_uri)
+    flipped, gone, *rest = sorted(key for key in objects(store_uri) if key.startswith("packs/") and len(get(store_uri, key)) > 50_000)
+    assert len(rest) >= 2
+    [large] = [key for key in objects(store_uri) if key.startswith("files/")]
+    put(store_uri, flipped, bytes(byte ^ 255 for byte in get(store_uri, flipped)))
+    put(store_uri, large, get(store_uri, large)[:-1])
+    obstore.delete(open_store(store_uri), gone)
+    if cache == "lost":
+        shutil.rmtree(tmp_path / "home/staging")
+    with monkeypatch.context() as patched:
+        sent = record_puts(patched)
+        assert stage_folder(source, store_uri, again=True).version == second.version
+    assert {key for key in sent if key.startswith(("packs/", "files/"))} == {flipped, gone, large}
+    for staged in (first, second):
+        assert verify_version(store_uri, staged.version).files == staged.files
+
+
+def test_staging_again_where_only_the_manifest_is_gone_sends_only_that(
+    store_uri: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import obstore
+
+    staged = stage_folder(source, store_uri)
+    obstore.delete(open_store(store_uri), manifest_key(staged.version))
+    sent = record_puts(monkeypatch)
+    assert stage_folder(source, store_uri, again=True).version == staged.version
+    assert [key for key in sent if key.startswith(("packs/", "files/", "manifests/"))] == [manifest_key(staged.version)]
+    assert verify_version(store_uri, staged.version).files == staged.files
+
+
 def test_a_fetch_that_was_cut_goes_on(store_uri: str, source: Path, tmp_path: Path) -> None:
     staged = stage_folder(source, store_uri)
     partial = tmp_path / f"copy.partial-{staged.version[:12]}"
@@ -165,13 +206,16 @@ def test_a_folder_with_other_files_is_left_alone(store_uri: str, source: Path, t
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["note.txt"]
 
 
-@pytest.mark.parametrize("to", ["/proc/none", "a file/below"])
+@pytest.mark.parametrize("to", ["/proc/none", "/proc/none/below", "a file", "a file/below"])
 def test_a_place_that_cannot_be_written_is_one_error(store_uri: str, source: Path, tmp_path: Path, to: str) -> None:
     staged = stage_folder(source, store_uri)
     (tmp_path / "a file").touch()
     with pytest.raises(TrainerError) as refused:
         fetch_version(store_uri, staged.version, tmp_path / to)
     assert refused.value.code in (ExitCode.OCCUPIED, ExitCode.PERMISSION)
+    assert "folder" in refused.value.hint
+    assert "vanished" not in refused.value.hint
+    assert not (tmp_path / "a file.lock").exists()
 
 
 @pytest.mark.parametrize("told_bytes", [LARGE_BYTES, 2**40], ids=["parts told", "whole"])

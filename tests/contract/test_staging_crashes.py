@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from blocks.refs import read_ref
-from blocks.staging import LARGE_BYTES, stage_folder
-from tests.contract.staged import assert_no_duplicates, assert_same, contents, sizes, touch_old
-from tests.stack import BIN
-from trainer.fetching import fetch_version, verify_version
+from blocks.refs import list_refs, read_ref
+from blocks.staging import stage_folder
+from blocks.uploads import LARGE_BYTES
+from tests.contract.staged import assert_no_duplicates, assert_same, contents, record_puts, sizes, touch_old
+from tests.faults import Fault, FaultProxy
+from tests.stack import BIN, wait_for
+from tests.stores import StoreServer, new_store
+from trainer.fetching import fetch_version
+from trainer.packs import END, packed_bytes
 from trainer.storage import open_store
-
-if TYPE_CHECKING:
-    from obstore.store import ObjectStore
+from trainer.verifying import verify_version
 
 PACK_BYTES = 60_000
 # Dies before or after the n-th write whose key has a given part. Threads write, so the n-th of one kind is what can be told.
@@ -41,8 +45,8 @@ def dying(to, path, data, **options):
         os.kill(os.getpid(), 9)
     return answer
 obstore.put = dying
-import blocks.staging
-blocks.staging.PACK_BYTES = 60_000
+import blocks.staging, blocks.uploads
+blocks.uploads.PACK_BYTES = 60_000
 blocks.staging.stage_folder(Path(root), store)
 """
 STEPS = [("packs/", 2), ("files/", 1), ("manifests/", 1), ("refs/", 1)]
@@ -72,7 +76,7 @@ def check_crash(part: str, when: str, number: int, store_uri: str, source: Path,
     assert second.version != first.version
     fetch_version(store_uri, second.version, folder / "copy")
     assert_same(source, folder / "copy")
-    assert_no_duplicates(store_uri, before, contents(source), beyond=PACK_BYTES)
+    assert_no_duplicates(store_uri, before, contents(source), beyond=0)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -80,7 +84,7 @@ def check_crash(part: str, when: str, number: int, store_uri: str, source: Path,
 def test_killed_at_a_step_then_complete(
     store_uri: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, number: int, when: str
 ) -> None:
-    monkeypatch.setattr("blocks.staging.PACK_BYTES", PACK_BYTES)
+    monkeypatch.setattr("blocks.uploads.PACK_BYTES", PACK_BYTES)
     check_crash(part, when, number, store_uri, source, tmp_path)
 
 
@@ -90,27 +94,25 @@ def test_killed_at_a_step_then_complete(
 def test_killed_at_each_pack_then_complete(
     store_uri: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, when: str
 ) -> None:
-    monkeypatch.setattr("blocks.staging.PACK_BYTES", PACK_BYTES)
+    monkeypatch.setattr("blocks.uploads.PACK_BYTES", PACK_BYTES)
     check_crash("packs/", when, number, store_uri, source, tmp_path)
 
 
 def test_killed_again_and_again_it_gets_on(store_uri: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first stage of all dies after each of its writes in turn; each try goes on from the one before."""
-    monkeypatch.setattr("blocks.staging.PACK_BYTES", PACK_BYTES)
+    monkeypatch.setattr("blocks.uploads.PACK_BYTES", PACK_BYTES)
     for part in ("files/", "packs/", "packs/", "manifests/", "refs/"):
         crash(part, "after", 1, source, store_uri)
     staged = stage_folder(source, store_uri)
     assert staged.sent_bytes == 0, "all was there"
     fetch_version(store_uri, staged.version, tmp_path / "copy")
     assert_same(source, tmp_path / "copy")
-    assert_no_duplicates(store_uri, contents(source), beyond=PACK_BYTES)
+    assert_no_duplicates(store_uri, contents(source), beyond=0)
 
 
 def test_a_large_file_that_arrived_before_the_kill_is_not_sent_again(
     store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import obstore
-
     root = tmp_path / "large files"
     root.mkdir()
     for number in range(8):
@@ -118,27 +120,115 @@ def test_a_large_file_that_arrived_before_the_kill_is_not_sent_again(
     crash("files/", "after", 3, root, store_uri)
     arrived = {key for key in sizes(store_uri) if key.startswith("files/")}
     assert arrived
-    sent: dict[str, int] = {}
-    put = obstore.put
-
-    def counted(to: ObjectStore, path: str, data: Any, **options: Any) -> object:
-        if path.startswith("files/"):
-            sent[path] = sent.get(path, 0) + len(data)
-        return put(to, path, data, **options)
-
-    monkeypatch.setattr(obstore, "put", counted)
+    sent = record_puts(monkeypatch)
     staged = stage_folder(root, store_uri)
     assert not arrived & set(sent)
-    assert sum(sent.values()) <= (8 - len(arrived)) * (LARGE_BYTES + 1), "what was under way at the kill may arrive after it"
+    files = [key for key in sent if key.startswith("files/")]
+    assert len(files) <= 8 - len(arrived), "what was under way at the kill may arrive after it"
     assert verify_version(store_uri, staged.version).files == 8
     fetch_version(store_uri, staged.version, tmp_path / "copy")
     assert_same(root, tmp_path / "copy")
 
 
-def stage_at_once(store_uri: str, *roots: Path) -> None:
+# Larger files than LARGE_BYTES are sent from the disk, in a process that is killed.
+STAGE = """
+import sys
+from pathlib import Path
+import blocks.staging, blocks.uploads
+blocks.uploads.PACK_BYTES = 60_000
+blocks.staging.MEMORY_BYTES = blocks.uploads.LARGE_BYTES
+blocks.staging.stage_folder(Path(sys.argv[1]), sys.argv[2])
+"""
+
+
+def count_placed(home: Path) -> int:
+    """Of how many contents the stage's cache knows that the store has them."""
+    [path] = (home / "staging").glob("*.sqlite")
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as cache:
+        return cache.execute("SELECT count(*) FROM placed").fetchone()[0]
+
+
+def test_a_kill_costs_what_was_under_way_and_nothing_that_had_arrived(
+    server: StoreServer, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One large file and one pack never arrive, all that was handed in after them does. Bytes are counted before the server."""
+    store_uri = new_store(server, monkeypatch, proxy.address)
+    root = tmp_path / "set"
+    root.mkdir()
+    large_bytes, small_bytes, pack_files = LARGE_BYTES + 1, 5000, 11
+    for number in range(12):
+        touch_old(root / f"{number:02d}.bin", os.urandom(large_bytes))
+    for number in range(200):
+        touch_old(root / f"{number:03d}.jpg", os.urandom(small_bytes))
+    proxy.add(Fault("stall", "PUT|POST", "/files/"), Fault("stall", "PUT", "/packs/"))
+    with subprocess.Popen([sys.executable, "-c", STAGE, str(root), store_uri]) as process:
+        wait_for(
+            "all but two objects", lambda: proxy.met("stall") == 2 and count_placed(tmp_path / "home") == 12 + 200 - 1 - pack_files, 60
+        )
+        process.kill()
+    proxy.requests.clear()
+    monkeypatch.setattr("blocks.uploads.PACK_BYTES", PACK_BYTES)
+    monkeypatch.setattr("blocks.staging.MEMORY_BYTES", LARGE_BYTES)
+    staged = stage_folder(root, store_uri)
+    sent = [request for request in proxy.requests if re.search(r"/(files|packs)/", request.path) and request.bytes_up]
+    assert sum(request.bytes_up for request in sent) == large_bytes + pack_files * packed_bytes(small_bytes) + len(END)
+    assert verify_version(store_uri, staged.version).files == 212
+    assert_no_duplicates(store_uri, contents(root), beyond=0)
+
+
+def test_packs_that_arrived_before_anybody_wrote_it_down_are_found_by_their_names(
+    store_uri: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the machine that staged is gone, and its cache with it."""
+    monkeypatch.setattr("blocks.uploads.PACK_BYTES", PACK_BYTES)
+    crash("packs/", "after", 4, source, store_uri)
+    arrived = {key for key in sizes(store_uri) if key.startswith("packs/")}
+    assert arrived
+    shutil.rmtree(os.environ["TRAINYARD_HOME"])
+    sent = record_puts(monkeypatch)
+    staged = stage_folder(source, store_uri)
+    assert not arrived & set(sent)
+    assert verify_version(store_uri, staged.version).files == staged.files
+    assert_no_duplicates(store_uri, contents(source), beyond=0)
+
+
+def interrupt(command: list[str], proxy: FaultProxy) -> str:
+    """What the command says that is stopped by Ctrl-C while the store lets a large file wait."""
+    proxy.add(Fault("stall", "PUT|GET", "/files/[0-9a-f]", seconds=1.5))
+    met = proxy.met("stall")
+    with subprocess.Popen([str(BIN / "trainyard"), "dataset", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_for("a large file under way", lambda: proxy.met("stall") > met, 30, 0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode().endswith("stopped\n")
+    return err.decode()
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
+    server: StoreServer, proxy: FaultProxy, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_uri = new_store(server, monkeypatch, proxy.address)
+    assert "the store keeps what has arrived: the same command goes on from there" in interrupt(
+        ["stage", str(source), "--store", store_uri], proxy
+    )
+    proxy.requests.clear()
+    staged = stage_folder(source, store_uri)
+    assert not [request for request in proxy.requests if "/files/" in request.path and request.bytes_up], "it was under way, and arrived"
+    copy = tmp_path / "copy"
+    said = interrupt(["fetch", "source", "--store", store_uri, "--to", str(copy)], proxy)
+    assert f"{copy}.partial-{staged.version[:12]} keeps what has come: the same command goes on from there" in said
+    fetch_version(store_uri, staged.version, copy)
+    assert_same(source, copy)
+
+
+def stage_at_once(store_uri: str, *roots: Path, names: tuple[str, str] = ("shared", "shared")) -> None:
     """The command, as two people run it."""
-    command = [str(BIN / "trainyard"), "dataset", "stage", "--store", store_uri, "--name", "shared"]
-    running = [subprocess.Popen([*command, str(root)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for root in roots]
+    command = [str(BIN / "trainyard"), "dataset", "stage", "--store", store_uri, "--name"]
+    running = [
+        subprocess.Popen([*command, name, str(root)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for name, root in zip(names, roots, strict=True)
+    ]
     for process in running:
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0, out.decode()
@@ -150,6 +240,14 @@ def test_two_commands_stage_one_folder_at_once(store_uri: str, source: Path) -> 
     assert ref is not None
     assert ref.previous == ()
     assert verify_version(store_uri, ref.version).files == len(contents(source))
+    assert_no_duplicates(store_uri, contents(source), beyond=0)
+
+
+def test_two_commands_stage_one_folder_under_two_names_at_once(store_uri: str, source: Path) -> None:
+    stage_at_once(store_uri, source, source, names=("one", "other"))
+    refs = list_refs(open_store(store_uri), store_uri)
+    assert refs["one"].version == refs["other"].version
+    assert verify_version(store_uri, refs["one"].version).files == len(contents(source))
     assert_no_duplicates(store_uri, contents(source), beyond=0)
 
 

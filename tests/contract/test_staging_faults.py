@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from blocks.staging import LARGE_BYTES, stage_folder
+from blocks.staging import stage_folder
+from blocks.uploads import LARGE_BYTES
 from tests.contract.staged import assert_no_duplicates, assert_same, contents, objects, sizes, touch_old
 from tests.faults import ALWAYS, Action, Fault, FaultProxy
 from tests.stores import StoreServer, new_store
@@ -31,7 +32,7 @@ def uri(server: StoreServer, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch)
     backoff: BackoffConfig = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=0.3), "base": 2}
     for purpose, retries in storage.RETRIES.items():
         monkeypatch.setitem(storage.RETRIES, purpose, {**retries, "backoff": backoff})
-    monkeypatch.setattr("blocks.staging.PACK_BYTES", PACK_BYTES)
+    monkeypatch.setattr("blocks.uploads.PACK_BYTES", PACK_BYTES)
     return new_store(server, monkeypatch, proxy.address)
 
 
@@ -172,7 +173,7 @@ def test_a_fetch_without_a_network_takes_up_again_what_it_has(
 
 def test_a_slow_link_is_no_fault(uri: str, proxy: FaultProxy, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each transfer takes longer than a connection may be silent, in a tenth of the real proportions."""
-    monkeypatch.setattr("blocks.staging.PACK_BYTES", 16 * 2**20)
+    monkeypatch.setattr("blocks.uploads.PACK_BYTES", 16 * 2**20)
     for purpose in ("ask", "fetch"):
         monkeypatch.setitem(storage.TIMEOUTS, purpose, {**storage.TIMEOUTS[purpose], "read_timeout": timedelta(seconds=1)})
     proxy.bytes_per_second = 600_000

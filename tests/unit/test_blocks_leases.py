@@ -19,8 +19,8 @@ from blocks.leases import MARK_KEY, CollectedMeanwhile, Collection, check_genera
 from blocks.refs import delete_ref
 from blocks.staging import Staged, stage_folder
 from trainer.contract import ExitCode, TrainerError
-from trainer.fetching import verify_version
 from trainer.storage import list_paths, open_store
+from trainer.verifying import verify_version
 
 AT_ONCE = Policy(grace=timedelta(0), keep_previous=0)
 
@@ -85,7 +85,7 @@ def test_a_manifest_without_its_packs_is_not_taken_over(
     delete_ref(store, store_uri, "source")
     store.delete(sorted(keys(store_uri, "packs")))
     shutil.rmtree(tmp_path / "home/staging")
-    monkeypatch.setattr("blocks.staging.PACK_BYTES", 2000)
+    monkeypatch.setattr("blocks.uploads.PACK_BYTES", 2000)
     staged = stage_folder(source, store_uri)
     assert verify_version(store_uri, staged.version).files == 20
 

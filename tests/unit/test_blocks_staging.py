@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import os
+import re
+import time
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from queue import Queue
 
 import pytest
 
-from blocks.reading import Read, read_file
+from blocks.counting import Counts
+from blocks.reading import TAKE_BYTES, Read, read_file, take_read
 from blocks.scanning import Stat, stat_of
 from blocks.sending import put_file
-from blocks.staging import TAKE_BYTES, stage_folder, take_read
+from blocks.staging import stage_folder
+from blocks.stat_cache import StatCache
 from trainer.errors import TrainerError
 from trainer.storage import open_store
 
@@ -70,6 +77,49 @@ def test_a_large_file_that_goes_away_meanwhile_is_told_as_gone(tmp_path: Path) -
     file.unlink()
     with pytest.raises(TrainerError, match="vanished while the folder was staged"):
         put_file(store, "files/ab/cd", file, found)
+
+
+@pytest.mark.parametrize("other", ["folder", "name"])
+def test_whoever_stages_the_folder_or_the_dataset_already_is_waited_for_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+    for name in ("set", "other set"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").write_bytes(b"image")
+    store_uri = (tmp_path / "store").as_uri()
+    root, name = (tmp_path / "set", "another") if other == "folder" else (tmp_path / "other set", "one")
+    heard: Queue[str] = Queue()
+    with ThreadPoolExecutor() as pool:
+        with StatCache(tmp_path / "set", store_uri, "one"):
+            staging = pool.submit(stage_folder, root, store_uri, name, on_silence=heard.put)
+            assert re.fullmatch(
+                rf"waiting for process {os.getpid()} on \S+, which stages this folder or dataset: .*", heard.get(timeout=20)
+            )
+            assert not staging.done()
+        assert staging.result(timeout=20).files == 1
+
+
+def test_how_much_there_is_in_all_is_counted_for_whoever_watches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("blocks.counting.COUNT_AFTER_SECONDS", 0.0)
+    (tmp_path / "set").mkdir()
+    for number in range(300):
+        (tmp_path / f"set/{number}").write_bytes(b"%d" % (number // 2))  # each content twice
+    told: list[Counts] = []
+
+    def look(counts: Counts) -> None:
+        while not counts.total_files:
+            time.sleep(0.001)
+        told.append(replace(counts))
+
+    staged = stage_folder(tmp_path / "set", str(tmp_path / "store"), on_progress=look)
+    last = told[-1]
+    assert (last.done_files, last.done_bytes) == (last.total_files, last.total_bytes) == (staged.files, staged.bytes) == (300, 680)
+    assert last.reused_bytes == 680 / 2
+    os.utime(tmp_path / "set/7", (1e9, 1e9))
+    stage_folder(tmp_path / "set", str(tmp_path / "store"), on_progress=look)
+    assert (told[-1].done_files, told[-1].reused_bytes, told[-1].sent_bytes) == (300, 680, 0)
 
 
 def test_a_file_that_vanishes_before_it_is_read_is_told_as_gone(tmp_path: Path) -> None:

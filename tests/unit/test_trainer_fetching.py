@@ -12,10 +12,11 @@ from tests.staged_store import read_tree, write, write_store
 from trainer import fetching
 from trainer.contract import ExitCode, TrainerError
 from trainer.fetch_index import GAP_BYTES, PART_BYTES, FetchIndex, Wanted, cut_parts, wanted
-from trainer.fetching import fetch_version, read_header, verify_version
+from trainer.fetching import fetch_version, read_header
 from trainer.file_tree import FileTree, NameRules, open_root
 from trainer.packs import InPlace, StagedFile, file_key
 from trainer.ranges import FEWEST_STREAMS, MOST_STREAMS, next_streams
+from trainer.verifying import verify_version
 
 SMALL = {"a/1.txt": b"one", "a/2.txt": b"two", "b/copy of 1": b"one", "empty": b""}
 LARGE = random.Random(1).randbytes(2 * PART_BYTES + 12345)
