@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import msgspec
 from pydantic import ValidationError
 
-from blocks.leases import DEAD_AFTER, Collection, settled_generation
+from blocks.leases import DEAD_AFTER, Collection, LiveLease, read_lease, settled_generation
 from blocks.refs import KEPT_VERSIONS, list_refs
 from trainer.errors import ExitCode, TrainerError
 from trainer.files import utc_now
@@ -107,7 +107,7 @@ class CollectionPlan:
 
     garbage: tuple[StoredObject, ...]
     kept: dict[Reason, tuple[int, int]]
-    leases: tuple[str, ...]
+    leases: tuple[LiveLease, ...]
 
     @property
     def bytes(self) -> int:
@@ -239,7 +239,8 @@ def plan_collection(marker: Marker, uri: str, policy: Policy, run_versions: Iter
     store = marker.store
     # Leases before refs: a stage whose lease is gone has moved its ref.
     leases = _list(store, "leases")
-    live = tuple(found.key for found in leases if now - found.modified <= DEAD_AFTER)
+    ages = {found.key: now - found.modified for found in leases}
+    live = {key: read_lease(store, key, age) for key, age in ages.items() if age <= DEAD_AFTER}
     refs = list_refs(store, uri)
     pins = [(found, _read_pin(store, uri, found.key)) for found in _list(store, "pins")]
     objects = [found for kind in CONTENT for found in _list(store, kind)]
@@ -259,7 +260,7 @@ def plan_collection(marker: Marker, uri: str, policy: Policy, run_versions: Iter
     garbage, kept = choose_garbage(objects, marker.mark(roots(), manifests), oldest_kept)
     garbage += [found for found in leases if found.key not in live]
     garbage += [found for found, pin in pins if pin is not None and _is_over(found, pin, now)]
-    return CollectionPlan(tuple(garbage), kept, live)
+    return CollectionPlan(tuple(garbage), kept, tuple(lease for lease in live.values() if lease is not None))
 
 
 def _version_of(found: StoredObject) -> str:
@@ -326,11 +327,7 @@ def collect(marker: Marker, uri: str, policy: Policy, run_versions: Iterable[str
     try:
         plan = plan_collection(marker, uri, policy, run_versions, collection.began)
         if plan.leases:
-            raise TrainerError(
-                f"{uri}: {len(plan.leases)} stages are under way ({plan.leases[0]}); nothing was freed",
-                hint="try again when they are done; the lease of one that died ends after ten minutes",
-                code=ExitCode.OCCUPIED,
-            )
+            raise occupied_error(uri, plan.leases)
     except BaseException:
         collection.end()
         raise
@@ -344,6 +341,12 @@ def collect(marker: Marker, uri: str, policy: Policy, run_versions: Iterable[str
             done += len(keys[start : start + BATCH])
     collection.end()
     return Freed(done, sum(found.size for found in plan.garbage[:done]), len(plan.garbage) - done)
+
+
+def occupied_error(uri: str, leases: Sequence[LiveLease]) -> TrainerError:
+    more = f" (and {len(leases) - 1} more)" if len(leases) > 1 else ""
+    hint = "try again when it is done, or when its lease has ended; nothing was freed"
+    return TrainerError(f"{uri}: {leases[0]}{more}", hint=hint, code=ExitCode.OCCUPIED)
 
 
 def _delete_batch(store: ObjectStore, keys: list[str]) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -59,8 +60,44 @@ class CollectedMeanwhile(Exception):
     """Garbage was collected since the store was last looked at, so what the cache says of it may be wrong."""
 
 
+@dataclass(frozen=True)
+class LiveLease:
+    """One that has not ended. ``dataset`` and ``host`` are empty where the object does not say."""
+
+    key: str
+    dataset: str
+    host: str
+    renewed_seconds_ago: int
+
+    @property
+    def ends_in_seconds(self) -> int:
+        """Where it is not renewed any more."""
+        return max(0, int(DEAD_AFTER.total_seconds()) - self.renewed_seconds_ago)
+
+    def __str__(self) -> str:
+        who = f"of {self.dataset!r} on {self.host}" if self.dataset else f"({self.key})"
+        return (
+            f"a stage {who} is under way; its lease was renewed {self.renewed_seconds_ago} s ago, and ends in {self.ends_in_seconds} s if "
+            "its process is dead"
+        )
+
+
 def lease_key(name: str) -> str:
     return f"leases/{name}.json"
+
+
+def read_lease(store: ObjectStore, key: str, age: timedelta) -> LiveLease | None:
+    """None for one that has gone since it was listed. `age` is the time since it was renewed."""
+    import obstore
+
+    seconds = max(0, int(age.total_seconds()))  # clocks may differ
+    try:
+        found = LeaseFile.from_json(bytes(obstore.get(store, key).bytes()))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return LiveLease(key, "", "", seconds)
+    return LiveLease(key, found.dataset, found.host, seconds)
 
 
 class Lease:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.cli_clean import Age, is_wanted
-from flows.cli_store import AS_JSON, STORE, format_bytes
+from flows.cli_store import AS_JSON, STORE
+from flows.staging_text import describe_number, format_bytes
 
 if TYPE_CHECKING:
     from blocks.garbage import CollectionPlan
@@ -31,7 +32,8 @@ def rm(name: str, store_uri: str, yes: bool) -> None:
         ref, _ = read_ref(store, store_uri, name)
     if ref is not None:
         click.echo(
-            f"{name}: version {ref.version[:12]}, {ref.files} files, {format_bytes(ref.bytes)}, {len(ref.previous)} versions before it"
+            f"{name}: version {ref.version[:12]}, {describe_number(ref.files, 'file')}, {format_bytes(ref.bytes)}, "
+            f"{describe_number(len(ref.previous), 'version')} before it"
         )
     if ref is None or is_wanted("remove this dataset from the store?", yes=yes):
         with told_plainly(store_uri):
@@ -52,7 +54,7 @@ def rm(name: str, store_uri: str, yes: bool) -> None:
 @AS_JSON
 def gc_command(store_uri: str, grace: timedelta, keep_previous: int, keep_previous_for: timedelta | None, yes: bool, as_json: bool) -> None:
     """Free what no dataset, run or pin of a store needs. With --json it deletes only with --yes."""
-    from blocks.garbage import Policy, collect, open_marker, plan_collection, versions_of_open_runs
+    from blocks.garbage import Policy, collect, occupied_error, open_marker, plan_collection, versions_of_open_runs
     from blocks.refs import require_store
     from trainer.contract import utc_now
     from trainer.storage import told_plainly
@@ -65,6 +67,8 @@ def gc_command(store_uri: str, grace: timedelta, keep_previous: int, keep_previo
         plan = plan_collection(marker, store_uri, policy, runs, utc_now())
     if not as_json:
         show_plan(plan, store_uri)
+    if plan.leases and plan.garbage and not as_json:  # nobody is asked for what would be refused
+        raise occupied_error(store_uri, plan.leases)
     wanted = bool(plan.garbage) and (yes if as_json else is_wanted("delete this garbage for good?", yes=yes))
     freed = None
     if wanted:
@@ -73,8 +77,8 @@ def gc_command(store_uri: str, grace: timedelta, keep_previous: int, keep_previo
     if as_json:
         click.echo(json.dumps({**describe_plan(plan), "freed": dataclasses.asdict(freed) if freed else None}))
     elif freed:
-        rest = f"; {freed.left} objects are left, as there was not enough time: run it again" if freed.left else ""
-        click.echo(f"freed {format_bytes(freed.bytes)} in {freed.objects} objects{rest}")
+        rest = f"; {describe_number(freed.left, 'object')} left, as there was not enough time: run it again" if freed.left else ""
+        click.echo(f"freed {format_bytes(freed.bytes)} in {describe_number(freed.objects, 'object')}{rest}")
 
 
 def show_plan(plan: CollectionPlan, store_uri: str) -> None:
@@ -85,7 +89,7 @@ def show_plan(plan: CollectionPlan, store_uri: str) -> None:
     if kept or garbage:
         print_table(f"garbage in {store_uri}", ("what", "objects", "size"), [*garbage, *kept])
     for lease in plan.leases:
-        click.echo(f"a stage is under way ({lease}): nothing is freed before it is done")
+        click.echo(f"{lease}; nothing is freed before")
     if not garbage:
         click.echo("nothing to free")
 
@@ -95,4 +99,5 @@ def describe_plan(plan: CollectionPlan) -> dict[str, Any]:
         return {name: {"objects": count, "bytes": size} for name, (count, size) in counts.items()}
 
     kept = {reason.value: amount for reason, amount in plan.kept.items()}
-    return {"garbage": told(plan.by_kind()), "kept": told(kept), "leases": list(plan.leases)}
+    leases = [{**dataclasses.asdict(lease), "ends_in_seconds": lease.ends_in_seconds} for lease in plan.leases]
+    return {"garbage": told(plan.by_kind()), "kept": told(kept), "leases": leases}

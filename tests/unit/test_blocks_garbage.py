@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from blocks.garbage import Reason, StoredObject, choose_garbage, open_marker, versions_of_open_runs
 from blocks.job import JobState
-from blocks.leases import lease_key
+from blocks.leases import LeaseFile, lease_key
 from blocks.outputs import remember_output
 from blocks.record import Outcome, RunRecord
 from blocks.refs import list_refs
@@ -147,19 +148,23 @@ def test_gc_frees_what_is_old_and_not_needed(store_uri: str) -> None:
 def test_gc_says_what_stays_and_why(store_uri: str) -> None:
     told = json.loads(call("gc", "--store", store_uri, "--json").stdout)
     assert told == {"garbage": {}, "kept": {"ref": {"objects": 2, "bytes": told["kept"]["ref"]["bytes"]}}, "leases": [], "freed": None}
-    open_store(store_uri).put(lease_key("of-a-stage"), b"{}")
+    open_store(store_uri).put(lease_key("of-a-stage"), LeaseFile(dataset="cells", host="laptop").to_json())
+    open_store(store_uri).put(lease_key("of-nobody-knows"), b"{}")
     text = call("gc", "--store", store_uri, "--grace", "0s").output
     assert "kept: ref" in text
-    assert "a stage is under way (leases/of-a-stage.json)" in text
+    for who in ("of 'cells' on laptop", "(leases/of-nobody-knows.json)"):
+        assert re.search(re.escape(f"a stage {who} is under way; its lease was renewed ") + r"\d s ago, and ends in (600|59\d) s if", text)
 
 
 def test_gc_beside_a_stage_is_one_error(store_uri: str) -> None:
     call("rm", "cells", "--store", store_uri, "--yes")
     open_store(store_uri).put(lease_key("of-a-stage"), b"{}")
     before = keys(store_uri)
-    done = call("gc", "--store", store_uri, "--yes")
-    assert isinstance(done.exception, TrainyardError)
-    assert done.exception.code is ExitCode.OCCUPIED
+    for options in ([], ["--yes"], ["--yes", "--json"]):  # also where nobody can be asked
+        done = call("gc", "--store", store_uri, *options)
+        assert isinstance(done.exception, TrainyardError)
+        assert done.exception.code is ExitCode.OCCUPIED
+        assert "its lease was renewed" in done.exception.message
     assert keys(store_uri) == before | {"gc.json"}
 
 
