@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from blocks.credentials import AccessRef
@@ -10,8 +11,10 @@ from trainer.store_access import access_to
 from trainer.transfer import pull_files
 
 
-def fetch_result(result: Result, attempt_uri: str, folder: Path, access: AccessRef) -> Path:
-    """Its files below the folder, each held to its sha256; returns the model's. Raises what `pull_files` raises."""
+def fetch_result(
+    result: Result, attempt_uri: str, folder: Path, access: AccessRef, on_silence: Callable[[str], None] | None = None
+) -> Path:
+    """Its files below the folder, each held to its sha256; returns the model's. Tells and raises what `pull_files` does."""
     with access_to(access.resolve(attempt_uri)):
-        pull_files(attempt_uri, folder, result.files)
+        pull_files(attempt_uri, folder, result.files, on_silence=on_silence)
     return folder / result.model_uri.removeprefix(f"{attempt_uri}/")

@@ -105,9 +105,12 @@ class Scan:
         if not (path.isascii() and len(path) <= MAX_NAME_BYTES):  # hot; no file system has the other names that are refused
             try:
                 check_path(path)
+            except UnicodeEncodeError as exc:
+                shown = os.fsencode(f"{self.root}/{path}").decode(errors="backslashreplace")
+                hint = "rename the file (convmv does so for a whole folder), or leave it out by a pattern in .trainyardignore"
+                raise TrainerError(f"the name of {shown} is not UTF-8 text", hint=hint, code=ExitCode.DATA) from exc
             except ValueError as exc:
-                message = f"{f'{self.root}/{path}'!r}: {exc}"
-                raise TrainerError(message, hint="rename the file; names are UTF-8 text", code=ExitCode.DATA) from exc
+                raise TrainerError(f"{f'{self.root}/{path}'!r}: {exc}", hint="rename the file", code=ExitCode.DATA) from exc
         try:
             result = os.stat(name, dir_fd=folder, follow_symlinks=False)
         except OSError as exc:

@@ -31,6 +31,7 @@ def check(path: str, task: str, split_by: str | None, max_problem_share: float, 
     from blocks.provider import describe_validation
     from flows.display import print_table
     from flows.reporting_text import problem_line
+    from flows.staging_text import describe_number
     from trainer.dataset import check_dataset
 
     try:
@@ -41,7 +42,11 @@ def check(path: str, task: str, split_by: str | None, max_problem_share: float, 
     if as_json:
         click.echo(json.dumps(describe(index)))
         return
-    click.echo(f"{index.name}: {index.format.value}, {len(index.images)} images, version {index.version[:12]}")
+    used = describe_number(len(index.images) + len(index.label_files), "file")
+    click.echo(
+        f"{index.name}: {index.format.value}, {describe_number(len(index.images), 'image')}; a training uses {used} of it, which are"
+    )
+    click.echo(f"version {index.version[:12]} (`dataset stage` brings all files of the folder, and tells the version of all)")
     boxes = {name: index.box_counts(name) for name in SPLITS}
     rows = [(name, *(boxes[split_name][number] for split_name in SPLITS)) for number, name in enumerate(index.classes)]
     rows.append(("images", *(index.count(name) for name in SPLITS)))
@@ -56,7 +61,7 @@ def describe(index: DatasetIndex) -> dict[str, Any]:
     return {
         "name": index.name,
         "format": index.format.value,
-        "version": index.version,
+        "used_version": index.version,
         "classes": list(index.classes),
         "images": {name: index.count(name) for name in SPLITS},
         "boxes": {name: index.box_counts(name) for name in SPLITS},

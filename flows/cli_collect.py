@@ -29,7 +29,7 @@ def collect(run: str, folder: str | None, partial: bool, as_json: bool) -> None:
         raise ConfigError(f"run {record.run_id} has no job yet", hint=f"`trainyard status {record.run_id}`")
     result = provider_of(record).collect(refs[0], allow_partial=partial)
     place = Path(folder or record.run().name).expanduser().absolute()
-    model = fetch_result(result, refs[0].output_uri, place, record.access)
+    model = fetch_result(result, refs[0].output_uri, place, record.access, lambda line: click.echo(line, err=True))
     size = sum(file.bytes for file in result.files.values())
     if as_json:
         files = {name: file.model_dump(mode="json") for name, file in result.files.items()}

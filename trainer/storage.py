@@ -144,7 +144,15 @@ def folders_told_plainly() -> Iterator[None]:
             hint = "free some space, or choose another folder"
         elif isinstance(exc, FileNotFoundError):
             hint = "it vanished meanwhile: run it again when nothing deletes it"
+            if _is_in_a_folder(exc.filename):  # such as /proc
+                hint = "nothing can be made or found there by that name: choose another folder"
+        elif isinstance(exc, (NotADirectoryError, FileExistsError)):
+            hint = "there is a file where a folder should be: choose another folder"
         raise TrainerError(f"{exc.filename or 'a folder'}: {exc.strerror or exc}", hint=hint, code=code) from exc
+
+
+def _is_in_a_folder(path: object) -> bool:
+    return isinstance(path, str) and os.path.isabs(path) and os.path.isdir(os.path.dirname(path))  # noqa: PTH117, PTH112, PTH120
 
 
 @lru_cache(maxsize=64)

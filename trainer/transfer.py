@@ -22,7 +22,8 @@ from trainer.errors import ExitCode, TrainerError
 from trainer.fetching import Progress
 from trainer.locks import wait_for_lock
 from trainer.packs import check_path
-from trainer.storage import REMOTE_SCHEMES, Purpose, folders_told_plainly, open_store, to_path, told_plainly
+from trainer.silence import SilenceWatch
+from trainer.storage import PATIENCE, REMOTE_SCHEMES, SEND_SECONDS, Purpose, folders_told_plainly, open_store, to_path, told_plainly
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -49,17 +50,20 @@ def push_files(
     on_progress: Progress | None = None,
     *,
     expected: Mapping[str, ManifestFile] | None = None,
+    on_silence: Callable[[str], None] | None = None,
 ) -> dict[str, ManifestFile]:
     """Makes the objects `names` below the URI what those files of the folder are; returns what that is.
 
-    `expected` says what some of them have to be. `on_progress` gets bytes done and bytes in all. Raises TrainerError:
+    `expected` says what some of them have to be. `on_progress` gets bytes done and bytes in all; `on_silence` hears, from another
+    thread, that the store does not answer. Raises TrainerError:
     NOT_FOUND, DATA (a file that is not as expected, or changes while it is sent: the object stays as it was),
     PERMISSION, UNAVAILABLE.
     """
-    with folders_told_plainly(), told_plainly(uri):
+    with folders_told_plainly(), told_plainly(uri), SilenceWatch(on_silence, SEND_SECONDS) as silence:
         store = open_for_files(uri)
         sizes = {checked_name(name): _size_of(folder / name) for name in names}
-        return in_parallel(lambda name: push_file(store, name, folder / name, (expected or {}).get(name)), sizes, on_progress)
+        wanted = expected or {}
+        return in_parallel(lambda name: push_file(store, name, folder / name, wanted.get(name), silence=silence), sizes, on_progress)
 
 
 def open_for_files(uri: str, purpose: Purpose = "send") -> ObjectStore:
@@ -86,6 +90,7 @@ def push_file(
     *,
     before_write: Callable[[], None] = lambda: None,
     while_written: Callable[[], None] = lambda: None,
+    silence: SilenceWatch | None = None,
 ) -> ManifestFile:
     """One file, as `push_files` does it; `before_write` is called where the object is not there yet, or is another one.
 
@@ -100,18 +105,27 @@ def push_file(
     file = ManifestFile(sha256=digest, bytes=size if content is None else len(content))
     if expected is not None and not is_same(file, expected):
         raise _changed(path)
-    if is_same(stored_file(store, key), file):
+    watch = silence or SilenceWatch()
+
+    def on_piece() -> None:
+        while_written()
+        watch.answered()  # the store has taken an earlier one
+
+    with watch.asking():
+        there = stored_file(store, key)
+    if is_same(there, file):
         return file
     before_write()
-    obstore.put(
-        store,
-        key,
-        _read_pieces(path, file, while_written) if content is None else content,
-        attributes=None if isinstance(store, LocalStore) else {DIGEST: file.sha256},
-        chunk_size=max(PART_BYTES, file.bytes // MOST_PARTS + 1),
-        max_concurrency=PARTS,
-    )
-    arrived = obstore.head(store, key)["size"]
+    with watch.asking():
+        obstore.put(
+            store,
+            key,
+            _read_pieces(path, file, on_piece) if content is None else content,
+            attributes=None if isinstance(store, LocalStore) else {DIGEST: file.sha256},
+            chunk_size=max(PART_BYTES, file.bytes // MOST_PARTS + 1),
+            max_concurrency=PARTS,
+        )
+        arrived = obstore.head(store, key)["size"]
     if arrived != file.bytes:
         raise TrainerError(f"{key} has {arrived} bytes in the store, and not {file.bytes}", hint="send it again", code=ExitCode.UNAVAILABLE)
     return file
@@ -175,39 +189,48 @@ def _changed(path: Path) -> TrainerError:
 # --- From a store --------------------------------------------------------------------------------------
 
 
-def pull_files(uri: str, folder: Path, files: Mapping[str, ManifestFile], on_progress: Progress | None = None) -> None:
+def pull_files(
+    uri: str,
+    folder: Path,
+    files: Mapping[str, ManifestFile],
+    on_progress: Progress | None = None,
+    *,
+    on_silence: Callable[[str], None] | None = None,
+) -> None:
     """Makes those files of the folder what they are said to be, from the objects below the URI. What is there already stays.
 
+    `on_silence` hears, from another thread, that the store does not answer.
     Raises TrainerError: NOT_FOUND, DATA (an unsafe name; an object that is something else), DISK_FULL, PERMISSION, UNAVAILABLE.
     """
-    with folders_told_plainly(), told_plainly(uri):
+    with folders_told_plainly(), told_plainly(uri), SilenceWatch(on_silence, PATIENCE.total_seconds()) as silence:
         store = open_store(uri, "fetch")
         sizes = {checked_name(name): file.bytes for name, file in files.items()}
-        in_parallel(lambda name: _pull_file(store, name, folder / name, files[name]), sizes, on_progress)
+        in_parallel(lambda name: _pull_file(store, name, folder / name, files[name], silence), sizes, on_progress)
 
 
-def _pull_file(store: ObjectStore, key: str, path: Path, file: ManifestFile) -> None:
+def _pull_file(store: ObjectStore, key: str, path: Path, file: ManifestFile, silence: SilenceWatch) -> None:
     if path.is_file() and path.stat().st_size == file.bytes and _hash_file(path) == file.sha256:
         return
     partial = path.with_name(f".{path.name}.partial")
     resumed = partial.exists()
-    digest = _download(store, key, partial, file.bytes)
+    digest = _download(store, key, partial, silence, file.bytes)
     if digest != file.sha256 and resumed:  # what an earlier pull left may be the beginning of another object
         partial.unlink()
-        digest = _download(store, key, partial, file.bytes)
+        digest = _download(store, key, partial, silence, file.bytes)
     if digest != file.sha256:
         partial.unlink()
         raise _wrong(key, f"its sha256 is not {file.sha256[:12]}...")
     partial.replace(path)
 
 
-def _download(store: ObjectStore, key: str, partial: Path, size: int | None = None) -> str:
+def _download(store: ObjectStore, key: str, partial: Path, silence: SilenceWatch, size: int) -> str:
     """Completes the file `partial` from the object, which has to have `size` bytes; returns the sha256 of all of it."""
     import obstore
 
     try:
-        meta = obstore.head(store, key)
-        if size is not None and meta["size"] != size:
+        with silence.asking():
+            meta = obstore.head(store, key)
+        if meta["size"] != size:
             raise _wrong(key, f"it has {meta['size']} bytes, and not {size}")
         partial.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("a+b") as out:
@@ -218,7 +241,9 @@ def _download(store: ObjectStore, key: str, partial: Path, size: int | None = No
             if (at := out.tell()) < meta["size"]:
                 # Of this very object: one that has been replaced since is refused by the store.
                 options: GetOptions = {"range": (at, meta["size"]), "if_match": meta["e_tag"]}
-                for chunk in obstore.get(store, key, options=options).stream(min_chunk_size=READ_BYTES):
+                with silence.asking():
+                    answer = obstore.get(store, key, options=options)
+                for chunk in silence.each(answer.stream(min_chunk_size=READ_BYTES)):
                     out.write(chunk)
                     total.update(chunk)
             if out.tell() != meta["size"]:
@@ -230,7 +255,7 @@ def _download(store: ObjectStore, key: str, partial: Path, size: int | None = No
     return total.hexdigest()
 
 
-def fetch_weights(uri: str, folder: Path) -> Path:
+def fetch_weights(uri: str, folder: Path, on_silence: Callable[[str], None] | None = None) -> Path:
     """The file at a URI (``s3:// az:// gs:// file://``) as a local file, kept below `folder` and fetched once for each state of the object.
 
     Raises TrainerError: NOT_FOUND, CONFIG (no file's URI), DISK_FULL, PERMISSION, UNAVAILABLE.
@@ -246,7 +271,7 @@ def fetch_weights(uri: str, folder: Path) -> Path:
         return path
     if not name or parent.endswith(":/"):
         raise TrainerError(f"{uri!r} names no file", hint="give the whole URI of a file, as s3://bucket/model.pt", code=ExitCode.CONFIG)
-    with folders_told_plainly(), told_plainly(uri):
+    with folders_told_plainly(), told_plainly(uri), SilenceWatch(on_silence, PATIENCE.total_seconds()) as silence:
         store = open_store(parent, "fetch")
         try:
             meta = obstore.head(store, name)
@@ -259,7 +284,7 @@ def fetch_weights(uri: str, folder: Path) -> Path:
         try:
             if not path.is_file():
                 partial = path.with_name(f".{name}.partial")
-                _download(store, name, partial, meta["size"])
+                _download(store, name, partial, silence, meta["size"])
                 partial.replace(path)
         finally:
             os.close(lock)

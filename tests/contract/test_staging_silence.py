@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from blocks.staging import LARGE_BYTES, stage_folder
+from blocks.staging import stage_folder
+from blocks.uploads import LARGE_BYTES
 from flows.cli_dataset import dataset
 from tests.contract.staged import assert_same
 from tests.faults import ALWAYS, Fault, FaultProxy
@@ -18,7 +19,9 @@ from tests.stores import StoreServer, new_store
 from trainer import storage
 from trainer.contract import ExitCode, TrainerError
 from trainer.dataset_cache import dataset_folder
-from trainer.fetching import fetch_version, verify_version
+from trainer.fetching import fetch_version
+from trainer.transfer import fetch_weights, pull_files, push_files
+from trainer.verifying import verify_version
 
 FIRST_SECONDS = 0.5
 STALL_SECONDS = 2.0
@@ -107,6 +110,19 @@ def test_a_fetch_that_is_never_answered_is_told_and_given_up(
     assert time.monotonic() - began < 10, "nobody asks again what is not answered"
     assert "gives up after 2 s" in lines[0]
     assert not [line for line in lines if "again" in line]
+
+
+def test_files_of_a_run_that_the_store_lets_wait_are_told(uri: str, proxy: FaultProxy, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"weights")
+    told: list[list[str]] = [[], [], []]
+    proxy.add(Fault("stall", "PUT", "model.pt", seconds=STALL_SECONDS))
+    sent = push_files(tmp_path, uri, ["model.pt"], on_silence=told[0].append)
+    proxy.add(Fault("stall", "GET", "model.pt", seconds=STALL_SECONDS))
+    pull_files(uri, tmp_path / "copy", sent, on_silence=told[1].append)
+    proxy.add(Fault("stall", "GET", "model.pt", seconds=STALL_SECONDS))
+    fetch_weights(f"{uri}/model.pt", tmp_path / "cache", told[2].append)
+    for lines, limit in zip(told, ("10 min", "3 min", "3 min"), strict=True):
+        assert_told(lines, limit)
 
 
 def test_a_large_file_on_a_slow_link_is_not_called_silent(

@@ -66,6 +66,9 @@ def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match="rename the file") as refused:
         paths(tmp_path)
     assert refused.value.code == ExitCode.DATA
+    assert refused.value.message == f"the name of {tmp_path}/bad\\xff.jpg is not UTF-8 text"
+    (tmp_path / ".trainyardignore").write_text("bad*.jpg\n")
+    assert paths(tmp_path) == [".trainyardignore"]
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def resolve_weights(weights: str) -> Path:
 
     weights = Mounts(parse_mounts(os.environ.get(ENV_MOUNTS, ""), ENV_MOUNTS)).localize(weights)
     if "://" in weights:
-        return fetch_weights(weights, cache_dir() / "weights")
+        return fetch_weights(weights, cache_dir() / "weights", log.warning)
     path = to_path(weights).expanduser()
     if path.is_file():
         return path.absolute()
