@@ -42,7 +42,9 @@ def ref_key(name: str) -> str:
     if len(name) > MAX_NAME:
         raise TrainerError(f"{name!r} is too long for a name", hint=f"use at most {MAX_NAME} characters (--name)", code=ExitCode.CONFIG)
     if not NAME.fullmatch(name):
-        raise TrainerError(f"{name!r} is no name of a dataset", hint="use letters, digits, . _ + - and spaces", code=ExitCode.CONFIG)
+        raise TrainerError(
+            f"{name!r} is no name of a dataset", hint="use letters, digits, . _ + - and spaces (--name)", code=ExitCode.CONFIG
+        )
     return f"refs/{name}.json"
 
 

@@ -22,7 +22,7 @@ from blocks.concurrency import AdaptivePool
 from blocks.counting import Counting, Counts
 from blocks.leases import Lease, check_generation, settled_generation, until_uncollected
 from blocks.reading import MEMORY_BYTES, Read, read_files, take_read
-from blocks.refs import Ref, move_ref, newest_refs, read_ref
+from blocks.refs import Ref, move_ref, newest_refs, read_ref, ref_key
 from blocks.scanning import Scan, Stat, place_within
 from blocks.sending import list_objects, list_sizes, object_names
 from blocks.stat_cache import StatCache
@@ -77,11 +77,12 @@ def stage_folder(
     wrong is sent, which mends a damaged one.
     `on_silence` hears what is waited for: from another thread, that the store does not answer; at first, who stages this folder, or
     something else as this dataset, from this machine.
-    Raises TrainerError: NOT_FOUND, PERMISSION, DATA (names; a file that changes while it is read), UNAVAILABLE.
+    Raises TrainerError: NOT_FOUND, PERMISSION, DATA (names; a file that changes while it is read), CONFIG (`name`), UNAVAILABLE.
     """
     started = time.monotonic()
     root, store_uri = root.absolute(), to_uri(store_uri)
     name = name or root.name or "dataset"
+    ref_key(name)  # refused before anything is done
     inner = place_within(store_uri, root)
     counts = Counts(total_files=len(only) if only is not None else 0)
 

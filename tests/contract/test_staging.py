@@ -253,9 +253,10 @@ def test_names_and_versions_are_found(store_uri: str, source: Path) -> None:
     assert manifest_key(staged.version) in objects(store_uri)
 
 
-def test_an_unwritable_name_is_refused(store_uri: str, source: Path) -> None:
+@pytest.mark.parametrize("name", ["../x", "no text \udce9"])
+def test_an_unwritable_name_is_refused(store_uri: str, source: Path, name: str) -> None:
     with pytest.raises(TrainerError, match="no name of a dataset"):
-        stage_folder(source, store_uri, "../x")
+        stage_folder(source, store_uri, name)
 
 
 def test_another_name_for_what_the_store_has_sends_no_content(store_uri: str, source: Path, tmp_path: Path) -> None:

@@ -99,10 +99,10 @@ def test_killed_at_each_pack_then_complete(
 
 
 def test_killed_again_and_again_it_gets_on(store_uri: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first stage of all dies after each of its writes in turn; each try goes on from the one before."""
+    """The first stage of all dies at each of its writes in turn; each try goes on from the one before."""
     monkeypatch.setattr("blocks.uploads.PACK_BYTES", PACK_BYTES)
-    for part in ("files/", "packs/", "packs/", "manifests/", "refs/"):
-        crash(part, "after", 1, source, store_uri)
+    for part, when in (("packs/", "before"), ("packs/", "after"), ("manifests/", "after"), ("refs/", "after")):
+        crash(part, when, 1, source, store_uri)
     staged = stage_folder(source, store_uri)
     assert staged.sent_bytes == 0, "all was there"
     fetch_version(store_uri, staged.version, tmp_path / "copy")
