@@ -166,13 +166,16 @@ class KubernetesProvider(Provider[KubernetesSettings]):
         spec = plan.spec
         name, namespace = job_name(spec.run_id, spec.attempt), self.settings.namespace
         job = self._get_job(name, namespace)
-        if job is not None:
-            return parse_ref(job, self.cluster.host) or _stranger(job)
-        objects = self.objects(spec.attempt_uri)
-        note = read_submission(objects)
-        if note is None or not self._was_removed(note, objects):
-            return None
-        return _ref(spec.run_id, spec.attempt, name, namespace, spec.attempt_uri, note.fingerprint, note.created_at, self.cluster.host)
+        if job is None:
+            objects = self.objects(spec.attempt_uri)
+            note = read_submission(objects)
+            if note is None or not self._was_removed(note, objects):
+                return None
+            job = self._get_job(name, namespace)  # what was seen of it may be of one that another submitter has just made
+            if job is None:
+                known = note.fingerprint, note.created_at
+                return _ref(spec.run_id, spec.attempt, name, namespace, spec.attempt_uri, *known, self.cluster.host)
+        return parse_ref(job, self.cluster.host) or _stranger(job)
 
     def _create(self, plan: Plan) -> JobRef:
         self._write_note(plan)
