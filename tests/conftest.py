@@ -14,15 +14,18 @@ SHARED_STACK = frozenset(
 )
 TRAINER_IMAGE = frozenset(("test_trainer_image", "test_trainer_container"))  # on a new machine its build and push take minutes
 KUBERNETES = ("test_cluster", "test_kubernetes")  # they take the one node away and bring it back
+ROW_OF_KUBERNETES = "[kubernetes]"  # of the contract suite: on the same node
 LONGEST_FIRST = ("e2e", "browser", "contract", "unit")  # so that no process is left with a long one at the end
 
 
-def group_of(path: PurePath) -> str:
-    """A file's tests stay together, since many share what a fixture of the file made."""
+def group_of(test: str) -> str:
+    """A file's tests stay together, since many share what a fixture of the file made. `test` is pytest's id of it."""
+    file, _, name = test.partition("::")
+    path = PurePath(file)
     room = path.parent.name
     if room == "e2e" and path.stem in SHARED_STACK:
         return "shared stack"
-    if room == "e2e" and path.stem.startswith(KUBERNETES):
+    if (room == "e2e" and path.stem.startswith(KUBERNETES)) or name.endswith(ROW_OF_KUBERNETES):
         return "kubernetes"
     return "trainer image" if room == "e2e" and path.stem in TRAINER_IMAGE else f"{room}/{path.stem}"
 
@@ -30,7 +33,7 @@ def group_of(path: PurePath) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> tuple[int, bool]:
         room = item.path.parent.name
-        return LONGEST_FIRST.index(room) if room in LONGEST_FIRST else len(LONGEST_FIRST), group_of(item.path) != "shared stack"
+        return LONGEST_FIRST.index(room) if room in LONGEST_FIRST else len(LONGEST_FIRST), group_of(item.nodeid) != "shared stack"
 
     items.sort(key=rank)
 
@@ -42,7 +45,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
     class InGroups(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return group_of(PurePath(nodeid.partition("::")[0]))
+            return group_of(nodeid)
 
     config.option.loadscopereorder = False
     return InGroups(config, log)

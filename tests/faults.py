@@ -1,16 +1,18 @@
-"""A proxy before a store's server that does by plan what networks and busy stores do: refuse, lose an answer, cut, stall, be slow."""
+"""A proxy before a server that does by plan what networks and busy servers do: refuse, lose an answer, cut, stall, be slow."""
 
 from __future__ import annotations
 
 import http.client
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -29,7 +31,7 @@ class Fault:
     """
 
     action: Action
-    method: str = r"GET|PUT|POST|HEAD|DELETE"
+    method: str = r"GET|PUT|POST|HEAD|DELETE|PATCH"
     path: str = ""
     times: int = 1
     status: int = 503
@@ -49,15 +51,24 @@ class Request(NamedTuple):
     authorization: str
 
 
+class Answer(NamedTuple):
+    """What the store sent back, whether or not it arrived. Bytes are those of the body."""
+
+    request: Request
+    bytes_down: int
+
+
 @dataclass
 class FaultProxy:
     """``address`` stands in for the server's. Plan with `add`; a plan that is used up does nothing more."""
 
     upstream: str
+    certificate: Path | None = None  # that signs the server's, if it speaks https
     address: str = ""
     bytes_per_second: float | None = None
     faults: list[Fault] = field(default_factory=list[Fault])
     requests: list[Request] = field(default_factory=list[Request])
+    answers: list[Answer] = field(default_factory=list[Answer])
     closing: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _free_at: float = 0.0
@@ -69,6 +80,14 @@ class FaultProxy:
     def heal(self) -> None:
         with self._lock:
             self.faults.clear()
+
+    def connect(self) -> http.client.HTTPConnection:
+        """To the server, for one request."""
+        address = urlsplit(self.upstream)
+        if address.scheme == "https":
+            context = ssl.create_default_context(cafile=self.certificate)
+            return http.client.HTTPSConnection(address.netloc, timeout=60, context=context)
+        return http.client.HTTPConnection(address.netloc, timeout=60)
 
     def met(self, action: Action) -> int:
         """How many requests met this fault."""
@@ -106,18 +125,20 @@ def _make_answering(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
             action = fault.action if fault else None
             length = int(self.headers.get("Content-Length", 0))
             body = self.read_body(length // 2 if action == "cut_up" else length)
-            proxy.requests.append(Request(self.command, self.path, action, len(body), self.headers.get("Authorization", "")))
+            request = Request(self.command, self.path, action, len(body), self.headers.get("Authorization", ""))
+            proxy.requests.append(request)
             stalled = fault is not None and action == "stall" and (proxy.closing.wait(fault.seconds) or fault.seconds is None)
             if stalled or action in ("cut_up", "drop"):
                 return self.hang_up()
             if fault is not None and action == "refuse":
                 return self.send(fault.status, {}, b"<Error><Code>Planned</Code></Error>")
             status, headers, content = self.forward(body)
+            proxy.answers.append(Answer(request, len(content)))
             if action == "lose":
                 return self.hang_up()
             return self.send(status, headers, content, cut=action == "cut_down")
 
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_PATCH = answer
 
         def read_body(self, length: int) -> bytes:
             pieces: list[bytes] = []
@@ -128,7 +149,7 @@ def _make_answering(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
             return b"".join(pieces)
 
         def forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-            connection = http.client.HTTPConnection(urlsplit(proxy.upstream).netloc, timeout=60)
+            connection = proxy.connect()
             try:
                 connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
                 for name, value in self.headers.items():
@@ -173,8 +194,9 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def running_proxy(upstream: str) -> Iterator[FaultProxy]:
-    proxy = FaultProxy(upstream)
+def running_proxy(upstream: str, certificate: Path | None = None) -> Iterator[FaultProxy]:
+    """Speaks plain HTTP, also before a server that does not."""
+    proxy = FaultProxy(upstream, certificate)
     server = _Server(("127.0.0.1", 0), _make_answering(proxy))
     proxy.address = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

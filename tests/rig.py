@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +22,10 @@ from blocks.dataset_sources import StoreChoice, stage_index
 from blocks.job import JobRef, JobSpec, JobState, JobStatus
 from blocks.provider import AlreadyExists, Provider
 from blocks.providers import local_process
+from blocks.providers.kubernetes_job import KubernetesProvider
 from blocks.record import RunRecord
+from tests.faults import Fault, FaultProxy
+from tests.kubernetes_trainer import TrainerPlace
 from tests.remote import provider as remote
 from tests.stores import StoreServer
 from trainer.contract import DatasetRef, TrainConfig
@@ -42,6 +46,7 @@ class Rig:
     lose_answer: Callable[[], AbstractContextManager[None]]
     output_uri: str
     store_uri: str | None = None
+    image: str | None = None
 
     def record(self, run_id: str) -> RunRecord:
         return RunRecord(self.output_uri, run_id, self.provider.access)
@@ -72,6 +77,7 @@ class Rig:
             dataset=self.reference(record),
             output_uri=record.output_uri,
             output_endpoint=access.endpoint if access else None,
+            image=self.image,
             max_runtime_seconds=max_runtime_seconds,
             owner="tester",
         )
@@ -79,6 +85,7 @@ class Rig:
     def wait(self, ref: JobRef, until: Callable[[JobStatus], bool], seconds: float = 120) -> list[JobStatus]:
         """Every distinct observation until one fits. Fails the test after `seconds`."""
         seen: list[JobStatus] = []
+        pause = self.provider.CAPABILITIES.poll_seconds[0] / 5  # what a poll costs takes time from the training
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             status = self.provider.poll(ref)
@@ -86,7 +93,7 @@ class Rig:
                 seen.append(status)
             if until(status):
                 return seen
-            time.sleep(0.1)
+            time.sleep(pause)
         raise AssertionError(f"still {seen[-1]} after {seconds} s")
 
     def finish(self, ref: JobRef) -> list[JobStatus]:
@@ -162,4 +169,28 @@ def make_remote(home: Path, request: pytest.FixtureRequest) -> Rig:
     )
 
 
-RIGS: dict[str, Callable[[Path, pytest.FixtureRequest], Rig]] = {"local": make_local, "remote": make_remote}
+@contextmanager
+def lose_answer_of(proxy: FaultProxy) -> Iterator[None]:
+    """The API server creates the Job, and the connection breaks before it says so."""
+    before = proxy.met("lose")
+    proxy.add(Fault("lose", "POST", r"/jobs(?!.*dryRun)"))
+    yield
+    assert proxy.met("lose") == before + 1
+
+
+def make_kubernetes(home: Path, request: pytest.FixtureRequest) -> Rig:
+    """A real cluster: the flow's side is the shipped service account, and its requests pass a proxy."""
+    place: TrainerPlace = request.getfixturevalue("trainer_place")
+    bucket = place.s3.make_bucket()
+    return Rig(
+        provider=KubernetesProvider.from_settings(place.settings, KnownAccess(place.s3.address)),
+        home=home,
+        dataset=make_shapes(home),
+        lose_answer=partial(lose_answer_of, place.proxy),
+        output_uri=f"{bucket}/runs",
+        store_uri=f"{bucket}/data",
+        image=place.image,
+    )
+
+
+RIGS: dict[str, Callable[[Path, pytest.FixtureRequest], Rig]] = {"local": make_local, "remote": make_remote, "kubernetes": make_kubernetes}

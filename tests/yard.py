@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.crash import sitecustomize as crash
+from tests.crash import CrashPlan
 from tests.stack import BIN, Stack, free_port, wait_for
 
 CONFIG: dict[str, Any] = {"model": "yolo11-pico", "epochs": 30, "batch_size": 4, "image_size": 64, "workers": 0, "device": "cpu"}
@@ -26,7 +26,7 @@ CONFIG: dict[str, Any] = {"model": "yolo11-pico", "epochs": 30, "batch_size": 4,
 class Yard(Stack):
     """`trainyard up`, with a plan for crashes in its children's environment."""
 
-    plan: Path = field(default_factory=Path)
+    crash: CrashPlan = field(default_factory=lambda: CrashPlan(Path()))
     messages: list[str] = field(default_factory=list)
     webhook: str = ""
 
@@ -44,11 +44,10 @@ class Yard(Stack):
             )
 
     def plan_crash(self, moment: str, victims: tuple[str, ...]) -> None:
-        self.plan.with_suffix(".fired").unlink(missing_ok=True)
-        self.plan.write_text(json.dumps({"moment": moment, "victims": victims}))
+        self.crash.write(moment, victims)
 
     def fired(self) -> bool:
-        return self.plan.with_suffix(".fired").exists()
+        return self.crash.fired()
 
     def start(self, **parameters: Any) -> str:
         """The flow run; empty where the server is down."""
@@ -70,15 +69,15 @@ class Yard(Stack):
 @pytest.fixture(scope="module")
 def yard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
     folder = tmp_path_factory.mktemp("yard")
+    plan = CrashPlan(folder / "crash.json")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | {
         "HOME": str(folder),
         "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api",
         "TRAINYARD_HOME": str(folder / "home"),
-        "PYTHONPATH": str(Path(crash.__file__).parent),
-        "TRAINYARD_CRASH_PLAN": str(folder / "crash.json"),
+        **plan.environment,
     }
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    made = Yard(folder, environment, plan=folder / "crash.json")
+    made = Yard(folder, environment, crash=plan)
     with receiving(made.messages) as made.webhook:
         up = made.up()
         try:

@@ -166,15 +166,33 @@ class KubernetesProvider(Provider[KubernetesSettings]):
         spec = plan.spec
         name, namespace = job_name(spec.run_id, spec.attempt), self.settings.namespace
         job = self._get_job(name, namespace)
-        if job is not None:
-            return parse_ref(job, self.cluster.host) or _stranger(job)
-        objects = self.objects(spec.attempt_uri)
-        note = read_submission(objects)
-        if note is None or not self._was_removed(note, objects):
-            return None
-        return _ref(spec.run_id, spec.attempt, name, namespace, spec.attempt_uri, note.fingerprint, note.created_at, self.cluster.host)
+        if job is None:
+            objects = self.objects(spec.attempt_uri)
+            note = read_submission(objects)
+            if note is None or not self._was_removed(note, objects):
+                return None
+            job = self._get_job(name, namespace)  # what was seen of it may be of one that another submitter has just made
+            if job is None:
+                known = note.fingerprint, note.created_at
+                return _ref(spec.run_id, spec.attempt, name, namespace, spec.attempt_uri, *known, self.cluster.host)
+        return parse_ref(job, self.cluster.host) or _stranger(job)
 
     def _create(self, plan: Plan) -> JobRef:
+        self._write_note(plan)
+        try:
+            job = self._post_job(plan)
+        except ApiError as exc:
+            if (exc.status == 409 and exc.reason == "AlreadyExists") or exc.status >= 500:
+                raise AlreadyExists(exc.message) from exc
+            raise
+        except NoAnswer as exc:
+            if exc.unsent:
+                raise
+            raise AlreadyExists(f"the API server's answer was lost ({exc})") from exc
+        return parse_ref(job, self.cluster.host) or _stranger(job)
+
+    def _write_note(self, plan: Plan) -> None:
+        """The config that the Job's container reads, and the word that a Job is about to be created."""
         spec = plan.spec
         objects = self.objects(spec.attempt_uri)
         config = TrainJob.model_validate({**cast("Object", plan.request["config"]), "fingerprint": plan.fingerprint})
@@ -188,17 +206,9 @@ class KubernetesProvider(Provider[KubernetesSettings]):
             created_at=utc_now(),
         )
         objects.create(SUBMISSION, note.model_dump_json(indent=1).encode())
-        try:
-            job = self.cluster.call("POST", self._jobs, body=with_fingerprint(plan.request, plan.fingerprint), query=STRICT)
-        except ApiError as exc:
-            if (exc.status == 409 and exc.reason == "AlreadyExists") or exc.status >= 500:
-                raise AlreadyExists(exc.message) from exc
-            raise
-        except NoAnswer as exc:
-            if exc.unsent:
-                raise
-            raise AlreadyExists(f"the API server's answer was lost ({exc})") from exc
-        return parse_ref(job, self.cluster.host) or _stranger(job)
+
+    def _post_job(self, plan: Plan) -> Object:
+        return self.cluster.call("POST", self._jobs, body=with_fingerprint(plan.request, plan.fingerprint), query=STRICT)
 
     def _translate(self, exc: Exception) -> ProviderError | None:
         return translate(exc, self.settings)
@@ -282,9 +292,12 @@ class KubernetesProvider(Provider[KubernetesSettings]):
         return status
 
     def _was_removed(self, note: Submission, objects: ObjectFolder) -> bool:
-        """Whether a Job that is not there has been: its trainer wrote, or its time to live may have ended."""
+        """Whether a Job that is not there has been: its trainer wrote, its time to live may have ended, or the cluster tells of it."""
         written = any(objects.get(name) is not None for name in (AttemptLayout.EXIT, AttemptLayout.PROGRESS, AttemptLayout.STOP))
-        return written or seconds_between(note.created_at, utc_now()) >= note.keep_seconds
+        if written or seconds_between(note.created_at, utc_now()) >= note.keep_seconds:
+            return True
+        # Events outlive their object, by default for an hour: those of a Job that a hand deleted before its trainer said a word.
+        return bool(self._events(note.namespace, [note.name]))
 
     def _has_ended(self, ref: JobRef) -> bool:
         job = self._get_job(ref.native_id, ref.scope)

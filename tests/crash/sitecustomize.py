@@ -1,8 +1,9 @@
 """Kills processes at an exact moment of a flow: before or after a named step, once.
 
-Python imports this at start where its folder is on PYTHONPATH; it kills only in a flow's process, and
-there only when the file $TRAINYARD_CRASH_PLAN names a moment: {"moment": "before submit", "victims": ["flow"]}.
-While a file `mute` lies beside the plan, no process passes a cancel on to the job.
+Python imports this at start where its folder is on PYTHONPATH; it kills only in a flow's process (that of a worker, or the command
+that has $TRAINYARD_CRASH_COMMAND), and there only when the file $TRAINYARD_CRASH_PLAN names a moment:
+{"moment": "before submit", "victims": ["flow"]}. A victim named `pause` is the flow, too: it is held there until a file `.go`
+lies beside the plan. While a file `mute` lies there, no process passes a cancel on to the job.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,24 +23,35 @@ from typing import Any
 
 PLAN = Path(os.environ.get("TRAINYARD_CRASH_PLAN", "/nonexistent"))
 
-# step -> module, class (or none), function
-STEPS = {
-    "check": ("blocks.providers.local_process", "LocalProvider", "check"),
-    "dataset": ("trainer.dataset", "", "check_dataset"),
-    "stage": ("blocks.staging", "", "stage_folder"),
-    "open": ("blocks.record", "RunRecord", "open"),
-    "plan": ("blocks.record", "RunRecord", "write_plan"),
-    "submit": ("blocks.provider", "Provider", "submit"),
-    "launch": ("blocks.providers.local_process", "", "launch"),
-    "ref": ("blocks.record", "RunRecord", "write_ref"),
-    "poll": ("blocks.providers.local_process", "LocalProvider", "poll"),
-    "collect": ("blocks.provider", "Provider", "collect"),
-    "outcome": ("blocks.record", "RunRecord", "write_outcome"),
-    "report": ("flows.reporting", "", "publish_report"),
-    "mark": ("blocks.news", "", "mark_sent"),
+# Module, class (or none), function.
+Place = tuple[str, str, str]
+LOCAL = ("blocks.providers.local_process", "LocalProvider")
+KUBERNETES = ("blocks.providers.kubernetes_job", "KubernetesProvider")
+# What every run goes through.
+STEPS: dict[str, tuple[Place, ...]] = {
+    "check": ((*LOCAL, "check"), (*KUBERNETES, "check")),
+    "dataset": (("trainer.dataset", "", "check_dataset"),),
+    "stage": (("blocks.staging", "", "stage_folder"),),
+    "open": (("blocks.record", "RunRecord", "open"),),
+    "plan": (("blocks.record", "RunRecord", "write_plan"),),
+    "submit": (("blocks.provider", "Provider", "submit"),),
+    "launch": ((LOCAL[0], "", "launch"), (*KUBERNETES, "_post_job")),
+    "ref": (("blocks.record", "RunRecord", "write_ref"),),
+    "poll": ((*LOCAL, "poll"), (*KUBERNETES, "poll")),
+    "collect": (("blocks.provider", "Provider", "collect"),),
+    "outcome": (("blocks.record", "RunRecord", "write_outcome"),),
+    "report": (("flows.reporting", "", "publish_report"),),
+    "mark": (("blocks.news", "", "mark_sent"),),
 }
-CANCEL = ("blocks.providers.local_process", "LocalProvider", "cancel")
-POLLS_FIRST = 6  # the job trains by then
+# What only some runs go through: those of a provider that has its jobs elsewhere, and those that are stopped.
+NOTE_STEPS: dict[str, tuple[Place, ...]] = {"note": ((*KUBERNETES, "_write_note"),)}
+CANCEL_STEPS: dict[str, tuple[Place, ...]] = {
+    "cancel": ((*LOCAL, "cancel"), (*KUBERNETES, "cancel")),
+    "receipt": (("blocks.record", "RunRecord", "write_receipt"),),
+    "remove": ((*KUBERNETES, "_delete"),),
+}
+ALL_STEPS = STEPS | NOTE_STEPS | CANCEL_STEPS
+CANCEL = (*LOCAL, "cancel")
 
 
 def crash_at(moment: str) -> None:
@@ -71,6 +84,8 @@ def crash_at(moment: str) -> None:
                 lock.unlink()
     if "flow" in victims:
         os.kill(os.getpid(), 9)
+    while "pause" in victims and not PLAN.with_suffix(".go").exists():
+        time.sleep(0.1)
 
 
 def role_of(command: str, environment: dict[str, str]) -> str:
@@ -86,17 +101,17 @@ def role_of(command: str, environment: dict[str, str]) -> str:
 
 
 def wrapped(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    seen = 0
+    trains = step != "poll"  # the first polls count for nothing: until there is an epoch to lose
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        if step == "poll" and seen < POLLS_FIRST:
-            return function(*args, **kwargs)
-        crash_at(f"before {step}")
+        nonlocal trains
+        if trains:
+            crash_at(f"before {step}")
         value = function(*args, **kwargs)
-        crash_at(f"after {step}")
+        trains = trains or (value.progress is not None and value.progress.epoch > 0)
+        if trains:
+            crash_at(f"after {step}")
         return value
 
     return call
@@ -113,17 +128,18 @@ def mutable(function: Callable[..., Any]) -> Callable[..., Any]:
 def patch(module: ModuleType) -> None:
     if module.__name__ == CANCEL[0]:
         setattr(getattr(module, CANCEL[1]), CANCEL[2], mutable(getattr(getattr(module, CANCEL[1]), CANCEL[2])))
-    for step, (name, owner, function) in STEPS.items():
-        if name == module.__name__:
-            place = getattr(module, owner) if owner else module
-            setattr(place, function, wrapped(step, getattr(place, function)))
+    for step, places in ALL_STEPS.items():
+        for name, owner, function in places:
+            if name == module.__name__:
+                place = getattr(module, owner) if owner else module
+                setattr(place, function, wrapped(step, getattr(place, function)))
 
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in {name for name, _, _ in STEPS.values()}:
+        if fullname not in {name for places in ALL_STEPS.values() for name, _, _ in places}:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
@@ -139,6 +155,6 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 IN_TRAINER = "TRAINYARD_SUPERVISOR_PID" in os.environ or "-m trainer" in " ".join(sys.orig_argv)
-IN_FLOW = "PREFECT__FLOW_RUN_ID" in os.environ and not IN_TRAINER
+IN_FLOW = not {"PREFECT__FLOW_RUN_ID", "TRAINYARD_CRASH_COMMAND"}.isdisjoint(os.environ) and not IN_TRAINER
 if "TRAINYARD_CRASH_PLAN" in os.environ and not IN_TRAINER:
     sys.meta_path.insert(0, Finder())

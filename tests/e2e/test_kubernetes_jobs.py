@@ -146,6 +146,16 @@ def test_a_job_that_time_or_a_hand_removed_is_never_made_again(jobs: Jobs) -> No
     assert jobs.jobs() == []
     assert by_hand.poll(ref).state is JobState.FAILED
 
+    # Nothing was recorded of it but that it was about to be created, and its trainer has not said a word.
+    plan = by_hand.plan(jobs.spec())
+    ref = by_hand.submit(plan)
+    wait_for("the Job's pod", lambda: jobs.pods(ref), 30)
+    jobs.cluster.kubectl("delete", "job", ref.native_id, "--namespace", jobs.namespace)
+    assert by_hand.submit(plan).native_id == ref.native_id
+    assert jobs.jobs() == []
+    with pytest.raises(JobNotFound):
+        by_hand.poll(ref)
+
 
 def test_a_deleted_pod_is_followed_by_another_and_both_logs_are_read(jobs: Jobs) -> None:
     provider = jobs.provider('if [ ! -e /dev/null2 ]; then :; fi; echo "in $TRAINYARD_POD"; ' + WAIT)

@@ -74,7 +74,7 @@ def test_a_stall_is_told_once(yard: Yard, yard_shapes: Path) -> None:
 def test_an_unconfirmed_stop_is_told_once(yard: Yard, yard_shapes: Path) -> None:
     flow_run_id, folder = start(yard, yard_shapes, config={**CONFIG, "epochs": 3000})
     wait_for("its second epoch's end", lambda: epochs(folder, 1)[1:], 120)
-    mute = yard.plan.with_name("mute")
+    mute = yard.crash.path.with_name("mute")
     mute.touch()
     try:
         yard.api(f"/flow_runs/{flow_run_id}/set_state", {"state": {"type": "CANCELLING"}})
