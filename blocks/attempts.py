@@ -103,9 +103,7 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
         asked = CancelRequest(attempt=ref.attempt, asked_by=DEADLINE, why=status.message, asked_at=ended)
     if asked is not None and not succeeded:
         # Whatever ended it, a pod that was pre-empted, say: after a wish to stop, nothing follows.
-        over_time = asked.asked_by == DEADLINE
-        state, reason = (JobState.FAILED, FailureReason.TIMEOUT) if over_time else (JobState.CANCELLED, None)
-        status = status.model_copy(update={"state": state, "reason": reason})
+        status = status.model_copy(update=end_of(asked))
         record.write_receipt(
             ref.attempt,
             Receipt(
@@ -193,6 +191,15 @@ def close_unsubmitted(
     message, hint = (error.message, error.hint) if error is not None else ("cancelled before it was submitted", "")
     status = JobStatus(state=state, reason=reason, message=message, hint=hint, cost_usd=0.0)
     return record.write_outcome(attempt, Outcome(state=state, reason=reason, message=message, hint=hint, status=status))
+
+
+def end_of(asked: CancelRequest) -> dict[str, Any]:
+    """What a job's status becomes by that wish to stop it: cancelled, or failed by a limit."""
+    if asked.asked_by == DEADLINE:
+        return {"state": JobState.FAILED, "reason": FailureReason.TIMEOUT}
+    if asked.reason is None:
+        return {"state": JobState.CANCELLED, "reason": None}
+    return {"state": JobState.FAILED, "reason": asked.reason, "message": asked.why, "hint": asked.hint}
 
 
 def collect_what_there_is(provider: Provider[Any], ref: JobRef, status: JobStatus) -> Result | None:

@@ -193,7 +193,7 @@ def check_image(settings: ImageSettings) -> CheckLine:
     try:
         found = look_up_image(settings)
     except TrainyardError as exc:
-        return CheckLine(name="image", ok=False, message=exc.message, fix=exc.hint)
+        return CheckLine(name="image", ok=False, message=exc.message, fix=exc.hint, exit_code=int(exc.code))
     return CheckLine(name="image", ok=True, message=str(found) if found else f"built by the next run, for {settings.place().name}")
 
 

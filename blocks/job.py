@@ -15,6 +15,7 @@ from pydantic import AwareDatetime, BaseModel, Field, JsonValue, model_validator
 
 from trainer.contract import (
     DatasetRef,
+    ExitCode,
     FailureReason,
     ManifestFile,
     Progress,
@@ -40,6 +41,13 @@ class JobState(StrEnum):
     def is_terminal(self) -> bool:
         """UNKNOWN and STOPPING are not: such a job may still run, and cost."""
         return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+
+class Waiting(StrEnum):
+    """What a job waits for that has not started."""
+
+    MACHINE = "machine"
+    MENDING = "mending"  # of what its message tells, by a person: waiting alone does not help
 
 
 class Resources(UserInput):
@@ -202,6 +210,7 @@ class JobStatus(StoredRecord):
     reason: FailureReason | None = None
     message: str = ""
     hint: str = ""
+    waiting: Waiting | None = Field(default=None, description="None: it has started, or waits in a queue.")
     exit_code: int | None = None
     restarts: int = 0
     progress: Progress | None = None
@@ -239,6 +248,7 @@ class CheckLine(StoredRecord):
     ok: bool
     message: str
     fix: str = Field(default="", description="The command or step that mends it.")
+    exit_code: int = Field(default=int(ExitCode.CONFIG), description="The command's, where this line is not ok.")
 
 
 class CheckReport(StoredRecord):
@@ -248,6 +258,16 @@ class CheckReport(StoredRecord):
     @property
     def ok(self) -> bool:
         return all(line.ok for line in self.lines)
+
+    @property
+    def exit_code(self) -> int:
+        """Of the first problem, which the others often follow from."""
+        return next((line.exit_code for line in self.lines if not line.ok), int(ExitCode.OK))
+
+    def answer(self) -> dict[str, Any]:
+        """As programs read it: `valid`, `message` with every problem and what mends it, `details` by line."""
+        problems = "; ".join(f"{line.message}: {line.fix}" for line in self.lines if not line.ok)
+        return {"valid": self.ok, "message": problems or "ready", "details": {line.name: line.message for line in self.lines}}
 
 
 class Capabilities(BaseModel):

@@ -23,6 +23,7 @@ from blocks.record import RunFile, RunRecord
 from trainer.contract import TrainyardError
 from trainer.storage import ObjectFolder, is_bucket, to_uri
 
+SEEN = "seen"  # <SEEN>/<output>/<run id> holds a run's name: for the shell's completion, which asks no bucket
 READERS = 16  # of one bucket's runs at a time
 
 T = TypeVar("T")
@@ -106,6 +107,21 @@ class Listing:
     silent: dict[str, Exception] = field(default_factory=dict[str, Exception])
 
 
+def note_seen(output_uri: str, names: dict[str, str], *, all_there: bool = False) -> None:
+    """Notes the names of a bucket's runs by their ids; with `all_there`, others are forgotten."""
+    if not is_bucket(output_uri):
+        return  # there the shell's completion sees them itself
+    folder = home() / SEEN / fingerprint(output_uri)[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for run_id, name in names.items():
+            (folder / run_id).write_text(name)
+        for path in [path for path in folder.iterdir() if all_there and path.name not in names]:
+            path.unlink(missing_ok=True)
+    except OSError as exc:
+        log.debug("%s is not known to the shell's completion: %s", output_uri, exc)
+
+
 def list_runs() -> Listing:
     listing = Listing()
 
@@ -119,7 +135,9 @@ def list_runs() -> Listing:
             return None
 
     def read_output(output: Output) -> list[tuple[RunRecord, RunFile]]:
-        return [pair for pair in in_parallel(read, output.records()) if pair is not None]
+        pairs = [pair for pair in in_parallel(read, output.records()) if pair is not None]
+        note_seen(output.uri, {record.run_id: run.name for record, run in pairs}, all_there=True)
+        return pairs
 
     found = look_everywhere(read_output, lambda output, exc: listing.silent.update({output.uri: exc}))
     listing.runs = sorted(found, key=lambda pair: pair[1].created_at)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import re
 from abc import abstractmethod
 from typing import Any, Literal, Self
 
@@ -15,7 +16,7 @@ import httpx
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from blocks import load_provider
 from blocks.credentials import AccessRef
@@ -26,9 +27,10 @@ from blocks.image_ref import ImageRef
 from blocks.image_source import DEFAULT_PLATFORM
 from blocks.job import TrainRequest, WatchPolicy
 from blocks.outputs import default_output_uri
-from blocks.provider import Provider
+from blocks.provider import Provider, describe_validation
 from blocks.providers.kubernetes_settings import KubernetesSettings
 from blocks.registry_login import Identity
+from trainer.errors import unknown_name_message
 from trainer.storage import is_bucket, to_uri
 from trainer.store_access import StoreAccess
 
@@ -269,6 +271,38 @@ def load_credentials(slug: str) -> Any:
 def image_settings(profile: BaseModel) -> ImageSettings:
     """Those of the profile; none where it has no such fields, which is then explained as a profile that says nothing of it."""
     return profile.image_settings() if isinstance(profile, ImageFields) else ImageSettings()
+
+
+def save_profile(name: str, provider: str, fields: dict[str, Any]) -> str:
+    """Saves a profile of that provider under `name`, in the place of an earlier one; returns its ``type/name``.
+
+    Raises ConfigError naming every field that does not fit, or where another provider's profile has the name.
+    """
+    kinds = {kind.get_block_type_slug().removeprefix("trainyard-"): kind for kind in PROFILES}
+    if provider not in kinds:
+        raise ConfigError(unknown_name_message("provider", provider, list(kinds)), hint="`provider: kubernetes`, say")
+    if name == "local" or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        raise ConfigError(f"{name!r} is no name for a profile", hint="small letters, digits and dashes; `local` is there without saving")
+    try:
+        profile = kinds[provider].model_validate(fields)
+    except ValidationError as exc:
+        raise ConfigError(describe_validation(exc), hint="mend the file") from exc
+    for other in (kind for kind in PROFILES if kind is not kinds[provider]):
+        if _is_saved(name, other.get_block_type_slug()):
+            raise ConfigError(f"a profile of the type {other.get_block_type_slug()} has the name {name!r}", hint="choose another name")
+    saved: Any = profile.save(name, overwrite=True)
+    if asyncio.iscoroutine(saved):
+        asyncio.run(saved)
+    return f"{profile.get_block_type_slug()}/{name}"
+
+
+def _is_saved(name: str, kind: str) -> bool:
+    try:
+        with get_client(sync_client=True) as client:
+            client.read_block_document_by_name(name, kind)
+    except ObjectNotFound:
+        return False
+    return True
 
 
 def load_profile(name: str) -> Profile:

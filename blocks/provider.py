@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -32,6 +32,7 @@ from blocks.job import (
     Price,
     Problem,
     Result,
+    Waiting,
     canonical_json,
     fingerprint,
     seconds_between,
@@ -132,6 +133,18 @@ class Provider(ABC, Generic[Settings]):
             fingerprint=fingerprint(self._identity(request)),
             warnings=self._warnings(spec),
         )
+
+    def pending_limits(self) -> Mapping[Waiting, float]:
+        """Seconds that a job may wait, by what it waits for; then the watch stops it. What is missing may be waited for any time."""
+        return {}
+
+    def check_plan(self, plan: Plan) -> None:
+        """Has the provider's server look at a plan, or a draft, without creating anything. Raises as `submit` would.
+
+        Raises ConfigError where the provider has no server that does so.
+        """
+        hint = f"leave --server out; `trainyard check {plan.spec.profile or self.NAME}` looks at what there is"
+        raise ConfigError(f"{self.NAME} has no server that looks at a plan", provider=self.NAME, run_id=plan.spec.run_id, hint=hint)
 
     def submit(self, plan: Plan) -> JobRef:
         """Finds the job of this run and attempt, or creates it: at most one, however often and from wherever it is called.

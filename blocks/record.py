@@ -68,6 +68,8 @@ class CancelRequest(StoredRecord):
     attempt: int
     asked_by: str
     why: str = ""
+    reason: FailureReason | None = Field(default=None, description="Where a limit asked: what the attempt failed of. None: a wish.")
+    hint: str = ""
     asked_at: AwareDatetime = Field(default_factory=utc_now)
 
 

@@ -17,9 +17,8 @@ def check_store(objects: ObjectFolder) -> CheckLine:
         read = objects.get(name)
         objects.delete(name)
     except TrainyardError as exc:
-        return CheckLine(
-            name="store", ok=False, message=exc.message, fix=exc.hint or "check bucket, endpoint and credentials of the profile"
-        )
+        fix = exc.hint or "check bucket, endpoint and credentials of the profile"
+        return CheckLine(name="store", ok=False, message=exc.message, fix=fix, exit_code=int(exc.code))
     if not made or again or read != data:
         fix = "use a store that honours If-None-Match: Amazon S3, MinIO, Ceph, R2, Azure Blob, Google Cloud Storage"
         return CheckLine(name="store", ok=False, message=f"{objects.uri} does not keep what was written first", fix=fix)

@@ -25,6 +25,7 @@ COMMANDS = {
     "collect": ("flows.cli_collect", "Bring a run's verified model to a folder here."),
     "resume": ("flows.cli_train", "Go on from the checkpoint of a run that failed or was stopped."),
     "dataset": ("flows.cli_dataset", "Check a dataset; stage it to a store, fetch it, list what a store has."),
+    "profile": ("flows.cli_profile", "Save where and how to train, under a name."),
     "image": ("flows.cli_image", "The trainer image: build it, push it, list what a registry has."),
     "up": ("flows.cli_server", "Keep a Prefect server and a worker running here, with UI."),
     "down": ("flows.cli_server", "Stop what `trainyard up` keeps running."),

@@ -294,9 +294,7 @@ def check(profile: str, as_json: bool) -> None:
 
         report = report.model_copy(update={"lines": (*report.lines, check_image(image_settings(profiled)))})
     if as_json:
-        details = {line.name: line.message for line in report.lines}
-        message = "ready" if report.ok else "; ".join(f"{line.message}: {line.fix}" for line in report.lines if not line.ok)
-        click.echo(json.dumps({"valid": report.ok, "message": message, "details": details}))
+        click.echo(json.dumps(report.answer()))
     else:
         for line in report.lines:
             click.echo(
@@ -304,4 +302,4 @@ def check(profile: str, as_json: bool) -> None:
                 + (f"\n        fix: {line.fix}" if not line.ok else "")
             )
     if not report.ok:
-        raise SystemExit(int(ExitCode.CONFIG))
+        raise SystemExit(report.exit_code)

@@ -65,20 +65,24 @@ def train(dataset: str, new: bool, run_key: str | None, as_json: bool, **options
 @click.command()
 @dataset_argument
 @request_options
+@click.option("--server", is_flag=True, help="Show it to the provider's server, too, which creates nothing (dry run).")
 @click.option("--emit", is_flag=True, help="Print only the native request.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
-def plan(dataset: str, emit: bool, as_json: bool, **options: Any) -> None:
-    """Show what a training on DATASET would send, where and at what cost. Sends nothing."""
-    from flows.drafting import describe_draft_dataset, draft_plan
+def plan(dataset: str, server: bool, emit: bool, as_json: bool, **options: Any) -> None:
+    """Show what a training on DATASET would send, where and at what cost. Starts nothing; without --server, sends nothing."""
+    from flows.drafting import ask_server, describe_draft_dataset, draft_plan
     from flows.reporting_text import format_cost, format_seconds
 
-    drafted, index = draft_plan(build_request(dataset, options))
+    draft = draft_plan(build_request(dataset, options))
+    drafted = draft.plan
+    answer = ask_server(draft) if server else None
     if emit:
         click.echo(json.dumps(drafted.request, indent=2, sort_keys=True))
     elif as_json:
-        click.echo(drafted.model_dump_json(indent=2))
+        told = {"server": answer.report(drafted.provider).answer()} if answer is not None else {}
+        click.echo(json.dumps({**drafted.model_dump(mode="json"), **told}, indent=2))
     else:
-        click.echo(f"dataset   {describe_draft_dataset(index, drafted.spec.dataset)}")
+        click.echo(f"dataset   {describe_draft_dataset(draft.dataset, drafted.spec.dataset)}")
         click.echo(f"provider  {drafted.provider}, {drafted.instance_type}, {drafted.region}")
         price = f"${drafted.price.usd_per_hour}/h ({drafted.price.source}, {drafted.price.as_of})" if drafted.price else "unknown"
         click.echo(
@@ -87,6 +91,10 @@ def plan(dataset: str, emit: bool, as_json: bool, **options: Any) -> None:
         click.echo(f"request   {canonical_json(drafted.request)[:300]} ...  (--emit shows all)")
         for warning in drafted.warnings:
             click.echo(f"warning   {warning}")
+        if answer is not None and answer.refusal is None:
+            click.echo(f"server    {answer.message}")
+    if answer is not None and answer.refusal is not None:
+        raise answer.refusal
 
 
 @click.command()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from blocks import image
 from blocks.dataset_sources import dataset_name, is_uri, look_at_files, split_staged
-from blocks.job import JobSpec, Plan, TrainRequest
+from blocks.errors import TrainyardError
+from blocks.job import CheckLine, CheckReport, JobSpec, Plan, TrainRequest
 from blocks.naming import display_name
 from blocks.profiles import Profile, image_settings, load_profile
 from blocks.provider import Provider
@@ -19,11 +20,16 @@ from trainer.store_access import access_to
 DRAFT_RUN_ID = "draft"
 
 
-def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex | None]:
-    """The plan of a first attempt and the dataset it is for, None where that lies in a store or a bucket, and is checked where it trains.
+class Draft(NamedTuple):
+    """The plan of a first attempt, and its dataset: None where that lies in a store or a bucket, and is checked where it trains."""
 
-    Raises what the run would raise before it submits.
-    """
+    plan: Plan
+    dataset: DatasetIndex | None
+    provider: Provider[Any]
+
+
+def draft_plan(request: TrainRequest) -> Draft:
+    """Raises what the run would raise before it submits."""
     profile = load_profile(request.profile)
     index = None
     version, images = DRAFT_RUN_ID, 0  # of a bucket that is not registered yet
@@ -37,7 +43,31 @@ def draft_plan(request: TrainRequest) -> tuple[Plan, DatasetIndex | None]:
         version, images = index.version, len(index.images)
     provider = profile.provider()
     spec = draft_spec(request, profile, provider, index, version=version, images=images)
-    return provider.plan(spec.model_copy(update={"image": look_up_image(profile, provider)})), index
+    plan = provider.plan(spec.model_copy(update={"image": look_up_image(profile, provider)}))
+    return Draft(plan, index, provider)
+
+
+class ServerAnswer(NamedTuple):
+    """What the provider's server says of a plan that it was shown."""
+
+    message: str
+    refusal: TrainyardError | None = None
+
+    def report(self, provider: str) -> CheckReport:
+        fix = self.refusal.hint if self.refusal is not None else ""
+        line = CheckLine(name="server", ok=self.refusal is None, message=self.message, fix=fix)
+        return CheckReport(provider=provider, lines=(line,))
+
+
+def ask_server(draft: Draft) -> ServerAnswer:
+    """Shows the plan to the provider's server, which creates nothing."""
+    try:
+        draft.provider.check_plan(draft.plan)
+    except TrainyardError as exc:
+        return ServerAnswer(exc.message, exc)
+    stand_in = draft.provider.CAPABILITIES.needs_image and draft.plan.spec.image is None
+    beside = "; the image is not built yet, so that another name stood for it" if stand_in else ""
+    return ServerAnswer(f"takes it (dry run: nothing was created){beside}")
 
 
 def draft_spec(

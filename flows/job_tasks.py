@@ -34,7 +34,7 @@ from blocks.dataset_sources import (
 from blocks.errors import AuthError, ConfigError, PlanChanged, QuotaError, RunCancelled, is_transient
 from blocks.job import JobRef, JobSpec, JobState, JobStatus, Plan, TrainRequest
 from blocks.naming import display_name
-from blocks.outputs import remember_output
+from blocks.outputs import note_seen, remember_output
 from blocks.profiles import Profile, load_profile
 from blocks.provider import Provider
 from blocks.record import Outcome, RunFile, RunRecord, describe_dataset_change, request_hash
@@ -62,13 +62,17 @@ RETRIES: dict[str, Any] = {
 
 @task(name="check", task_run_name="check {provider.NAME}", **RETRIES)
 def check_provider(provider: Provider[Any], output_uri: str) -> None:
-    """Refuses before anything is staged where the provider cannot train. Raises ConfigError with every line that is not ok."""
+    """Refuses before anything is staged where the provider cannot train.
+
+    Raises ConfigError with every line that is not ok, and with the exit code of the first; never what is tried again, since somebody waits.
+    """
     report = provider.check(output_uri)
     for line in report.lines:
         get_run_logger().info("%s: %s%s", line.name, line.message, "" if line.ok else "  <- problem")
     bad = [line for line in report.lines if not line.ok]
     if bad:
-        raise ConfigError("; ".join(line.message for line in bad), provider=provider.NAME, hint="; ".join(line.fix for line in bad))
+        message, hint = ("; ".join(texts) for texts in ([line.message for line in bad], [line.fix for line in bad]))
+        raise ConfigError(message, provider=provider.NAME, hint=hint, code=ExitCode(report.exit_code))
 
 
 @task(name="dataset", task_run_name="dataset {request.dataset}", **RETRIES)
@@ -192,7 +196,7 @@ def open_run(
     if source is not None:
         record.write_source(source)
     remember_output(record.output_uri, record.access)
-    return record.open(
+    run = record.open(
         RunFile(
             run_id=record.run_id,
             name=request.name or display_name(dataset_name(request.dataset), request.config.weights or request.config.model),
@@ -206,6 +210,8 @@ def open_run(
             versions={name: importlib.metadata.version(name) for name in ("trainyard", "prefect")},
         )
     )
+    note_seen(record.output_uri, {run.run_id: run.name})
+    return run
 
 
 @task(name="plan", task_run_name="plan attempt {spec.attempt}", **RETRIES)

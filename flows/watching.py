@@ -16,6 +16,7 @@ from typing import Any
 from blocks.attempts import DEADLINE
 from blocks.errors import ProviderError, ServiceUnavailable, is_transient
 from blocks.job import JobRef, JobState, JobStatus, WatchPolicy
+from blocks.pending import PENDING_LIMIT, Limits, PendingJudge
 from blocks.provider import Provider
 from blocks.record import CancelRequest, RunRecord
 from blocks.stalling import RECOVERED, RESTART, STALLED, Stall, StallJudge, as_restart, may_restart
@@ -89,6 +90,36 @@ class StallGuard:
         self._logger.warning("attempt %d, %s: %s", self._ref.attempt, kind, message)
 
 
+class TimeLimits:
+    """How long a job may wait, and how long run. Over a limit, the wish to stop it goes into the record."""
+
+    def __init__(
+        self, record: RunRecord, ref: JobRef, max_runtime_seconds: float, pending: Limits, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._record, self._ref, self._seconds, self._clock = record, ref, max_runtime_seconds, clock
+        self._pending = PendingJudge(ref.submitted_at, pending)
+        # Waiting for a machine costs nothing and is no run time: the clock starts when the job was first seen to have one.
+        self._running_since: datetime | None = None
+
+    def observe(self, status: JobStatus) -> None:
+        if self._running_since is None and status.state in (JobState.STARTING, JobState.RUNNING):
+            self._running_since = utc_now()
+        gave_up = self._pending.observe(status, self._clock())
+        allowed = timedelta(seconds=self._seconds + DEADLINE_MARGIN_SECONDS)
+        if self._running_since is not None and utc_now() > self._running_since + allowed:
+            # A name that `blocks.attempts` knows as nobody's wish, so that the run ends as out of time, not as cancelled.
+            self._stop(
+                CancelRequest(attempt=self._ref.attempt, asked_by=DEADLINE, why=f"over its maximum run time of {self._seconds:.0f} s")
+            )
+        elif gave_up is not None:
+            reason, message, hint = gave_up
+            self._stop(CancelRequest(attempt=self._ref.attempt, asked_by=PENDING_LIMIT, why=message, reason=reason, hint=hint))
+
+    def _stop(self, request: CancelRequest) -> None:
+        if self._record.cancel_request(request.attempt) is None:
+            self._record.request_cancel(request)
+
+
 def watch(
     provider: Provider[Any],
     ref: JobRef,
@@ -104,9 +135,7 @@ def watch(
     Raises ServiceUnavailable where the provider or the record's store did not answer for long, and whatever terminal error a poll
     raises. Whoever leaves this loop by an exception leaves the job running: a lost watcher never stops a job.
     """
-    allowed = timedelta(seconds=max_runtime_seconds + DEADLINE_MARGIN_SECONDS)
-    # Waiting for a machine costs nothing and is no run time: the clock starts when the job was first seen to have one.
-    running_since: datetime | None = None
+    limits = TimeLimits(record, ref, max_runtime_seconds, provider.pending_limits())
     quiet = failed = 0
     seen: tuple[object, ...] | None = None
     asked_to_stop = False
@@ -116,10 +145,7 @@ def watch(
             listener(status)
             if status.state.is_terminal:
                 return as_restart(status, guard.restart_why)
-            if running_since is None and status.state in (JobState.STARTING, JobState.RUNNING):
-                running_since = utc_now()
-            if running_since is not None and utc_now() > running_since + allowed:
-                _request_deadline(record, ref, max_runtime_seconds)
+            limits.observe(status)
             guard.observe(status)
             if not asked_to_stop and _must_stop(record, ref, status, restart=bool(guard.restart_why)):
                 provider.cancel(ref)
@@ -136,13 +162,6 @@ def watch(
             now_seen = (status.state, status.message, status.progress.epoch if status.progress else 0)
             quiet, seen = (quiet + 1, seen) if now_seen == seen else (0, now_seen)
         sleep(next_delay(quiet, failed, provider.CAPABILITIES.poll_seconds, random.random()))
-
-
-def _request_deadline(record: RunRecord, ref: JobRef, seconds: float) -> None:
-    """Under the name that `blocks.attempts` knows as nobody's wish, so that the run ends as out of time, not as cancelled."""
-    if record.cancel_request(ref.attempt) is None:
-        why = f"over its maximum run time of {seconds:.0f} s"
-        record.request_cancel(CancelRequest(attempt=ref.attempt, asked_by=DEADLINE, why=why))
 
 
 def _must_stop(record: RunRecord, ref: JobRef, status: JobStatus, *, restart: bool) -> bool:

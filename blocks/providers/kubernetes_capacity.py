@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from decimal import Decimal
 
-from blocks.job import CheckLine
+from blocks.errors import REASON_EXITS
+from blocks.job import CheckLine, FailureReason
 from blocks.providers.kubernetes_objects import Object, child, children, condition, is_alive, word
 from blocks.providers.kubernetes_settings import InstanceClass, KubernetesSettings
 
@@ -83,4 +84,4 @@ def build_quota_lines(namespace: str, quotas: list[Object]) -> Iterator[CheckLin
         full = [key for key, limit in sorted(hard.items()) if parse_quantity(str(used.get(key, "0"))) >= parse_quantity(str(limit)) > 0]
         shown = ", ".join(f"{key} {used.get(key, '0')} of {limit}" for key, limit in sorted(hard.items()))
         fix = f"kubectl describe resourcequota {name} -n {namespace}   ({', '.join(full)} used up)" if full else ""
-        yield CheckLine(name=f"quota {name}", ok=not full, message=shown, fix=fix)
+        yield CheckLine(name=f"quota {name}", ok=not full, message=shown, fix=fix, exit_code=int(REASON_EXITS[FailureReason.QUOTA]))

@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 from blocks.job import FailureReason
+from blocks.providers.kubernetes_capacity import parse_quantity
 from blocks.providers.kubernetes_objects import CONTAINER, Object, child, children, container_state, true_conditions, word
 from trainer.contract import EXIT_REASONS, ExitCode
 
@@ -14,8 +15,17 @@ class Cause(NamedTuple):
     reason: FailureReason
     message: str
     hint: str = ""
+    for_good: bool = False  # waiting does not mend it
 
 
+def broken(reason: FailureReason, message: str, hint: str) -> Cause:
+    """What stays so until somebody mends it."""
+    return Cause(reason, message, hint, for_good=True)
+
+
+# What the cluster's autoscaler, or Karpenter, says of a pod.
+SCALES = ("TriggeredScaleUp", "NominatedClaim", "Nominated")
+SCALES_NOT = ("NotTriggerScaleUp", "FailedScaleUp")
 MEMORY_HINT = "use a smaller batch size, image size or number of workers, or an instance class with more memory_gib"
 
 
@@ -24,16 +34,13 @@ MEMORY_HINT = "use a smaller batch size, image size or number of workers, or an 
 
 def explain_unschedulable(text: str, events: list[Object]) -> Cause:
     """The scheduler's sentence, ``0/5 nodes are available: 3 Insufficient nvidia.com/gpu, 2 ...``, and what it means."""
-    scaling = next(
-        (event for event in reversed(events) if event.get("reason") in ("TriggeredScaleUp", "NominatedClaim", "Nominated")), None
-    )
-    if scaling is not None:
+    scaling = next((event for event in reversed(events) if word(event, "reason") in (*SCALES, *SCALES_NOT)), Object())
+    if word(scaling, "reason") in SCALES:
         return Cause(FailureReason.CAPACITY, f"the cluster adds a node for it: {word(scaling, 'message')}", "wait; nothing is to be done")
-    refused = next((event for event in reversed(events) if event.get("reason") in ("NotTriggerScaleUp", "FailedScaleUp")), None)
-    beside = f"; the autoscaler adds none: {word(refused, 'message')}" if refused is not None else ""
+    beside = f"; the autoscaler adds none: {word(scaling, 'message')}" if scaling else ""
     message = f"no node takes the pod: {text}{beside}"
     if found := re.search(r'persistentvolumeclaim "?([^"\s]+)"? not found', text):
-        return Cause(FailureReason.CONFIG, message, f"create the claim {found[1]}, or mend cache_pvc in the profile")
+        return broken(FailureReason.CONFIG, message, f"create the claim {found[1]}, or mend cache_pvc in the profile")
     if "unbound immediate PersistentVolumeClaims" in text or "unbound PersistentVolumeClaims" in text:
         return Cause(
             FailureReason.CONFIG, message, "kubectl describe pvc   (has its StorageClass a provisioner, and is there a volume left?)"
@@ -54,12 +61,12 @@ def explain_unschedulable(text: str, events: list[Object]) -> Cause:
     return Cause(FailureReason.CAPACITY, message, "kubectl describe pod tells more")
 
 
-def explain_waiting(reason: str, text: str, image: str) -> Cause | None:
+def explain_waiting(reason: str, text: str, image: str, events: list[Object]) -> Cause | None:
     """A container that waits. None while it is on its way."""
     if reason in ("ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "RegistryUnavailable"):
-        return explain_pull(text, image)
+        return explain_pull(text, image, find_missing_pull_secret(events))
     if reason in ("InvalidImageName", "ErrInvalidImageName"):
-        return Cause(FailureReason.IMAGE, f"{image!r} is no name of an image", "mend image, or registry and repository, in the profile")
+        return broken(FailureReason.IMAGE, f"{image!r} is no name of an image", "mend image, or registry and repository, in the profile")
     if reason == "CreateContainerConfigError":
         return explain_config(text)
     if reason in ("CreateContainerError", "RunContainerError"):
@@ -71,14 +78,27 @@ def explain_waiting(reason: str, text: str, image: str) -> Cause | None:
     return None
 
 
-def explain_pull(text: str, image: str) -> Cause:
+def find_missing_pull_secret(events: list[Object]) -> str:
+    """The secrets that the kubelet did not find; it tries without them."""
+    told = (word(event, "message") for event in reversed(events) if word(event, "reason") == "FailedToRetrieveImagePullSecret")
+    found = re.search(r"\(([^)]+)\)", next(told, ""))
+    return found[1] if found else ""
+
+
+def explain_pull(text: str, image: str, missing_secret: str = "") -> Cause:
     if re.search(r"(?i)no match for platform|no matching manifest|exec format", text):
         return _wrong_architecture(image)
     if re.search(r"(?i)unauthori[sz]ed|authentication required|403 Forbidden|denied|no basic auth", text):
+        if missing_secret:
+            message = (
+                f"the pull secret {missing_secret!r} is not there, and without it the registry does not let the node pull {image}: {text}"
+            )
+            hint = f"kubectl create secret docker-registry {missing_secret} --docker-server=... , or mend image_pull_secret in the profile"
+            return broken(FailureReason.IMAGE, message, hint)
         hint = "name the Secret that logs in by image_pull_secret: kubectl create secret docker-registry ..."
-        return Cause(FailureReason.IMAGE, f"the registry does not let the node pull {image}: {text}", hint)
+        return broken(FailureReason.IMAGE, f"the registry does not let the node pull {image}: {text}", hint)
     if re.search(r"(?i)not found|manifest unknown|NotFound|does not exist", text):
-        return Cause(
+        return broken(
             FailureReason.IMAGE, f"the registry has no {image}: {text}", "push it (`trainyard image push`), or mend image in the profile"
         )
     if re.search(r"(?i)no such host|timeout|refused|unreachable|x509|TLS", text):
@@ -90,21 +110,21 @@ def explain_pull(text: str, image: str) -> Cause:
 
 def _wrong_architecture(image: str) -> Cause:
     hint = "build it for the nodes' architecture (image_platform in the profile), or choose others by node_selector kubernetes.io/arch"
-    return Cause(FailureReason.IMAGE, f"{image} is not made for the node's architecture", hint)
+    return broken(FailureReason.IMAGE, f"{image} is not made for the node's architecture", hint)
 
 
 def explain_config(text: str) -> Cause:
     if found := re.search(r'secret "([^"]+)" not found', text):
         hint = f"kubectl create secret generic {found[1]} --from-literal=AWS_ACCESS_KEY_ID=... , or mend env_secret in the profile"
-        return Cause(FailureReason.CONFIG, f"the secret {found[1]!r} that the pod refers to is not there", hint)
+        return broken(FailureReason.CONFIG, f"the secret {found[1]!r} that the pod refers to is not there", hint)
     if found := re.search(r"couldn't find key (\S+) in Secret", text):
-        return Cause(FailureReason.CONFIG, f"the secret has no key {found[1]}: {text}", "add it: kubectl edit secret")
+        return broken(FailureReason.CONFIG, f"the secret has no key {found[1]}: {text}", "add it: kubectl edit secret")
     if found := re.search(r'configmap "([^"]+)" not found', text):
-        return Cause(
+        return broken(
             FailureReason.CONFIG, f"the config map {found[1]!r} that pod_patch refers to is not there", "create it, or mend pod_patch"
         )
     if "runAsNonRoot" in text:
-        return Cause(FailureReason.CONFIG, text, "set run_as_user to a number that is not 0")
+        return broken(FailureReason.CONFIG, text, "set run_as_user to a number that is not 0")
     return Cause(FailureReason.CONFIG, f"the container cannot be set up: {text}", "kubectl describe pod tells more")
 
 
@@ -120,7 +140,7 @@ def explain_events(events: list[Object]) -> Cause | None:
             )
         if reason in ("FailedMount", "FailedAttachVolume"):
             if found := re.search(r'(secret|configmap) "([^"]+)" not found', text):
-                return Cause(
+                return broken(
                     FailureReason.CONFIG, f"the {found[1]} {found[2]!r} to mount is not there", f"create the {found[1]}, or mend pod_patch"
                 )
             return Cause(FailureReason.INFRASTRUCTURE, f"a volume cannot be mounted: {text}", "kubectl describe pvc, and the node's events")
@@ -129,20 +149,32 @@ def explain_events(events: list[Object]) -> Cause | None:
 
 def explain_failed_create(text: str) -> Cause:
     if "exceeded quota" in text:
+        if is_above_quota(text):
+            hint = "ask for less (cpus, memory_gib, GPUs), or have the quota raised: kubectl describe resourcequota"
+            return broken(FailureReason.QUOTA, f"the namespace's quota is less than the pod alone asks for: {text}", hint)
         hint = "kubectl describe resourcequota; wait until other pods end, ask for less, or have the quota raised"
         return Cause(FailureReason.QUOTA, f"the namespace's quota is used up: {text}", hint)
     if "must specify" in text or "limitrange" in text.lower() or "maximum" in text:
-        return Cause(FailureReason.QUOTA, f"the namespace's limits refuse the pod: {text}", "kubectl describe limitrange,resourcequota")
+        return broken(FailureReason.QUOTA, f"the namespace's limits refuse the pod: {text}", "kubectl describe limitrange,resourcequota")
     if found := re.search(r"serviceaccount \"?([^\"\s]+)\"? not found", text):
-        return Cause(
+        return broken(
             FailureReason.CONFIG, f"there is no service account {found[1]}", f"kubectl create serviceaccount {found[1].split('/')[-1]}"
         )
     if "PodSecurity" in text:
         hint = "host_network and pod_patch may ask for what the namespace forbids (label pod-security.kubernetes.io/enforce)"
-        return Cause(FailureReason.CONFIG, f"the namespace's security level refuses the pod: {text}", hint)
+        return broken(FailureReason.CONFIG, f"the namespace's security level refuses the pod: {text}", hint)
     if found := re.search(r"no PriorityClass with name (\S+) was found", text):
-        return Cause(FailureReason.CONFIG, f"there is no priority class {found[1]}", "kubectl get priorityclasses; mend priority_class")
+        return broken(FailureReason.CONFIG, f"there is no priority class {found[1]}", "kubectl get priorityclasses; mend priority_class")
     return Cause(FailureReason.CONFIG, f"the cluster makes no pod: {text}", "kubectl describe job tells more")
+
+
+def is_above_quota(text: str) -> bool:
+    """Whether even an empty namespace has too little: ``requested: requests.cpu=2, used: requests.cpu=0, limited: requests.cpu=1``."""
+    requested, limited = (
+        dict(re.findall(r"([\w./-]+)=([\w.]+)", found[1])) if (found := re.search(rf"{part}: ([^:]*?)(?:, \w+:|$)", text)) else {}
+        for part in ("requested", "limited")
+    )
+    return any(parse_quantity(amount) > parse_quantity(limited[name]) for name, amount in requested.items() if name in limited)
 
 
 # --- After a pod ran ---------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ RIGHTS = (
     ("", "events", "", ("list",)),
 )
 MANIFESTS = "deployments/kubernetes"
+EXAMPLE_IMAGE = f"example.invalid/trainer@sha256:{'0' * 64}"
 
 
 def apply_line(file: str, namespace: str) -> str:
@@ -188,7 +189,7 @@ class Check:
     def _problem(self, name: str, exc: Exception) -> CheckLine:
         error = exc if isinstance(exc, TrainyardError) else translate(exc, self.settings)
         assert error is not None
-        return CheckLine(name=name, ok=False, message=error.message, fix=error.hint)
+        return CheckLine(name=name, ok=False, message=error.message, fix=error.hint, exit_code=int(error.code))
 
 
 def make_example() -> JobSpec:
@@ -198,6 +199,6 @@ def make_example() -> JobSpec:
         config=TrainConfig(),
         dataset=DatasetRef(root="s3://example/data", index_uri="s3://example/data.json", version="0" * 64, name="check", image_count=1),
         output_uri="s3://example/runs",
-        image=f"example.invalid/trainer@sha256:{'0' * 64}",
+        image=EXAMPLE_IMAGE,
         max_runtime_seconds=3600,
     )

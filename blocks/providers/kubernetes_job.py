@@ -7,7 +7,7 @@ never created again. Cancel suspends the Job, and deletes it once no pod is left
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from functools import cached_property
 from typing import Any, ClassVar, cast
@@ -17,10 +17,10 @@ from pydantic import AwareDatetime, JsonValue
 
 from blocks.attempt_objects import read_exit, read_log, read_progress, write_job
 from blocks.errors import ConfigError, JobNotFound, ProviderError
-from blocks.job import Capabilities, CheckReport, JobRef, JobSpec, JobStatus, LogBatch, Plan, Price, Problem, seconds_between
+from blocks.job import Capabilities, CheckReport, JobRef, JobSpec, JobStatus, LogBatch, Plan, Price, Problem, Waiting, seconds_between
 from blocks.naming import job_name
 from blocks.provider import AlreadyExists, Provider
-from blocks.providers.kubernetes_check import Check
+from blocks.providers.kubernetes_check import EXAMPLE_IMAGE, Check
 from blocks.providers.kubernetes_client import MERGE_PATCH, ApiError, Cluster, NoAnswer, translate
 from blocks.providers.kubernetes_logs import LogCursor, place_in_log, pods_to_read, read_pod
 from blocks.providers.kubernetes_objects import Object, by_age, child, children, is_alive, is_over, time_at, word
@@ -28,12 +28,14 @@ from blocks.providers.kubernetes_request import (
     CANCELLED_AT,
     FINGERPRINT,
     OUTPUT,
+    STARTED_AT,
     build_request,
+    set_image,
     with_fingerprint,
     without_volatile,
 )
 from blocks.providers.kubernetes_settings import NAME, OWN_PREFIX, KubernetesSettings, find_price
-from blocks.providers.kubernetes_status import Native, parse_status, status_of_vanished
+from blocks.providers.kubernetes_status import Native, first_start, parse_status, status_of_vanished
 from blocks.store_check import check_store
 from trainer.contract import AttemptLayout, StoredRecord, TrainJob, UserInput, utc_now
 from trainer.storage import ObjectFolder
@@ -71,9 +73,18 @@ class KubernetesProvider(Provider[KubernetesSettings]):
         return report.model_copy(update={"lines": (*report.lines, check_store(self.objects(output_uri)))})
 
     def check_plan(self, plan: Plan) -> None:
-        """Has the API server look at the Job without creating it: schema, rights, quota, admission. Raises as `submit` would."""
+        """Has the API server look at the Job without creating it: schema, rights, quota, admission. Raises as `submit` would.
+
+        A draft that has no image yet is shown with another name, since the server refuses a container without one.
+        """
+        job = with_fingerprint(plan.request, plan.fingerprint)
+        if plan.spec.image is None:
+            set_image(job, EXAMPLE_IMAGE)
         with self._translated(plan.spec.run_id):
-            self.cluster.call("POST", self._jobs, body=with_fingerprint(plan.request, plan.fingerprint), query={"dryRun": "All", **STRICT})
+            self.cluster.call("POST", self._jobs, body=job, query={"dryRun": "All", **STRICT})
+
+    def pending_limits(self) -> Mapping[Waiting, float]:
+        return {Waiting.MENDING: self.settings.mending_limit_seconds, Waiting.MACHINE: self.settings.pending_limit_seconds}
 
     def poll(self, ref: JobRef) -> JobStatus:
         with self._translated(ref.run_id):
@@ -121,8 +132,10 @@ class KubernetesProvider(Provider[KubernetesSettings]):
                     self._delete(ref)
                 return
             self.objects(ref.output_uri).create(AttemptLayout.STOP, utc_now().isoformat().encode())
-            now = utc_now().isoformat(timespec="seconds")
-            body = {"metadata": {"annotations": {CANCELLED_AT: now}}, "spec": {"suspend": True}}
+            noted = {CANCELLED_AT: utc_now().isoformat(timespec="seconds")}
+            if began := first_start(self._pods(ref.native_id, ref.scope)):
+                noted[STARTED_AT] = began.isoformat()
+            body = {"metadata": {"annotations": noted}, "spec": {"suspend": True}}
             self._tolerate_missing("PATCH", self._job_path(ref.native_id, ref.scope), body=body, content_type=MERGE_PATCH)
 
     # --- For the base class ---------------------------------------------------------------------------

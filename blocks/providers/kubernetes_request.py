@@ -33,6 +33,7 @@ FLOW_RUN = f"{OWN_PREFIX}flow-run-id"
 PRICE = f"{OWN_PREFIX}usd-per-hour"
 INSTANCE = f"{OWN_PREFIX}instance-class"
 CANCELLED_AT = f"{OWN_PREFIX}cancelled-at"
+STARTED_AT = f"{OWN_PREFIX}started-at"  # noted when it is cancelled: a suspended Job forgets it, and its pods go
 # What may differ between two submissions of one plan.
 VOLATILE = (FLOW_RUN, PRICE, FINGERPRINT)
 
@@ -265,3 +266,9 @@ def with_fingerprint(request: dict[str, JsonValue], fingerprint: str) -> dict[st
     job: dict[str, Any] = json.loads(json.dumps(request["job"]))
     job["metadata"]["annotations"][FINGERPRINT] = fingerprint
     return job
+
+
+def set_image(job: dict[str, Any], image: str) -> None:
+    for container in job["spec"]["template"]["spec"]["containers"]:
+        if container["name"] == CONTAINER:
+            container["image"] = image

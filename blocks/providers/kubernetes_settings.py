@@ -111,7 +111,13 @@ class KubernetesSettings(UserInput):
         default=60.0, ge=10, le=3600, description="Time to save and send a checkpoint, between being asked to stop and being killed."
     )
     pending_limit_seconds: int = Field(
-        default=3600, ge=60, le=7 * 86_400, description="Time a job may wait for its machine on top of its maximum run time."
+        default=3600, ge=10, le=7 * 86_400, description="A job that waits longer for its machine is stopped. Waits in a queue count not."
+    )
+    mending_limit_seconds: int = Field(
+        default=60,
+        ge=0,
+        le=7 * 86_400,
+        description="The same for a job that waits for what only a person mends: a missing image, secret or claim. 0: at once.",
     )
     keep_seconds: int = Field(default=86_400, ge=0, le=30 * 86_400, description="A finished Job is removed after so many seconds.")
     pod_retries: int = Field(default=3, ge=0, le=20, description="New pods of a Job after failures that another machine may not have.")

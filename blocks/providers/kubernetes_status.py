@@ -12,7 +12,7 @@ from typing import NamedTuple
 from pydantic import BaseModel
 
 from blocks.attempt_objects import PHASE_STATES, parse_exit
-from blocks.job import FailureReason, JobState, JobStatus, seconds_between
+from blocks.job import FailureReason, JobState, JobStatus, Waiting, seconds_between
 from blocks.providers.kubernetes_causes import (
     Cause,
     explain_end,
@@ -33,13 +33,17 @@ from blocks.providers.kubernetes_objects import (
     true_conditions,
     word,
 )
-from blocks.providers.kubernetes_request import CANCELLED_AT, INSTANCE, PRICE
+from blocks.providers.kubernetes_request import CANCELLED_AT, INSTANCE, PRICE, STARTED_AT
 from trainer.contract import ExitCode, ExitRecord, Phase, Progress, utc_now
 
 CONDITIONS = frozenset({"Suspended", "FailureTarget", "SuccessCriteriaMet", "Complete", "Failed"})
 
 # A pod has its machine: what waits in it, waits for no other.
 POD_STATES = {**PHASE_STATES, Phase.QUEUED: JobState.STARTING}
+
+
+HELD_BACK = ("Suspended", "SchedulingGated")  # by a queue, for as long as it wants
+HAS_A_MACHINE = ("Running", "Terminating", "NodeLost", "Failed")  # or had one, and the Job makes the next pod
 
 
 class Native(NamedTuple):
@@ -77,6 +81,7 @@ def parse_status(native: Native) -> JobStatus:
         reason=cause.reason if cause is not None else None,
         message=cause.message if cause is not None else view.message,
         hint=cause.hint if cause is not None else "",
+        waiting=find_wait(view),
         exit_code=record.exit_code if record is not None else None,
         restarts=max(0, count_pods(native) - 1),
         progress=native.progress,
@@ -86,6 +91,13 @@ def parse_status(native: Native) -> JobStatus:
         ended_at=ended,
         observed_at=native.now,
     )
+
+
+def find_wait(view: View) -> Waiting | None:
+    """What the Job waits for, as long as its pod runs nothing."""
+    if view.state not in (JobState.QUEUED, JobState.STARTING) or view.native in (*HELD_BACK, *HAS_A_MACHINE):
+        return None
+    return Waiting.MENDING if view.cause is not None and view.cause.for_good else Waiting.MACHINE
 
 
 def _agrees(record: ExitRecord, cause: Cause | None) -> bool:
@@ -122,7 +134,9 @@ def _look_cancelled(native: Native) -> View:
         return View(state=JobState.STOPPING, native="Suspended", message="asked to stop; saving")
     if native.ended is not None and native.ended.exit_code == 0:
         return View(state=JobState.SUCCEEDED, native="Suspended", message="it was done when it was asked to stop")
-    return View(state=JobState.CANCELLED, native="Suspended", message="stopped as asked")
+    gone = not native.pods and native.ended is None and STARTED_AT in child(native.job, "metadata", "annotations")
+    about = "; its pods are gone, so that its time and cost are about right" if gone else ""
+    return View(state=JobState.CANCELLED, native="Suspended", message=f"stopped as asked{about}")
 
 
 def _look_suspended(native: Native) -> View:
@@ -182,7 +196,7 @@ def look_pending(pod: Object, events: list[Object]) -> View:
         return View(state=JobState.QUEUED, native=reason, cause=explain_unschedulable(word(scheduled, "message"), events))
     for status in (*children(pod, "status", "initContainerStatuses"), *children(pod, "status", "containerStatuses")):
         waiting = child(status, "state", "waiting")
-        cause = explain_waiting(word(waiting, "reason"), word(waiting, "message"), word(status, "image"))
+        cause = explain_waiting(word(waiting, "reason"), word(waiting, "message"), word(status, "image"), events)
         if cause is not None:
             return View(state=JobState.STARTING, native=word(waiting, "reason"), cause=cause)
     node = word(pod, "spec", "nodeName")
@@ -211,10 +225,14 @@ def count_pods(native: Native) -> int:
     return max(len(native.pods), number(native.job, "status", "failed") + number(native.job, "status", "active"))
 
 
+def first_start(pods: list[Object]) -> datetime | None:
+    return min((found for pod in pods if (found := time_at(pod, "status", "startTime"))), default=None)
+
+
 def find_times(native: Native, *, terminal: bool) -> tuple[datetime | None, datetime | None]:
     """From when a machine was held, until when. A pod's node is paid for from the moment that the pod is on it."""
-    began = [found for pod in native.pods if (found := time_at(pod, "status", "startTime"))]
-    started = min(began, default=None) or (native.ended.started_at if native.ended is not None else None)
+    started = first_start(native.pods) or time_at(native.job, "metadata", "annotations", STARTED_AT)
+    started = started or (native.ended.started_at if native.ended is not None else None)
     if not terminal:
         return started, None
     over = [

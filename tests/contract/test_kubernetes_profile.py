@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from prefect.blocks.core import Block
 from prefect.settings import PREFECT_HOME, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
@@ -18,6 +20,7 @@ from blocks.profiles import KubernetesProfile, load_cluster_credentials, load_pr
 from blocks.providers.kubernetes_client import find_kubeconfig
 from blocks.providers.kubernetes_job import KubernetesProvider
 from blocks.providers.kubernetes_settings import KubernetesSettings
+from flows.cli import app
 
 SECRET = "hunter2-very-secret"
 KUBECONFIG = {
@@ -74,6 +77,32 @@ def test_a_cluster_config_of_prefect_kubernetes_is_read_without_its_package(tmp_
     assert load_cluster_credentials("kubernetes-cluster-config/shared") == {"kubeconfig": KUBECONFIG, "context": "prod"}
     document, context = find_kubeconfig(KubernetesSettings(credentials="kubernetes-cluster-config/shared"))
     assert (document, context) == (KUBECONFIG, "prod")
+
+
+@pytest.mark.usefixtures("server")
+def test_a_profile_is_saved_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "profile.yaml"
+    file.write_text("provider: kubernetes\nnamespace: vision\nstore: s3://bucket/x\n")
+    done = CliRunner().invoke(app, ["profile", "save", "from-file", "--file", str(file)], catch_exceptions=False)
+    assert "saved trainyard-kubernetes/from-file" in done.stdout
+    file.write_text(file.read_text().replace("vision", "other"))
+    CliRunner().invoke(app, ["profile", "save", "from-file", "--file", str(file)], catch_exceptions=False)
+    profile = load_profile("from-file")
+    assert isinstance(profile, KubernetesProfile)
+    assert (profile.namespace, profile.store) == ("other", "s3://bucket/x")
+    for text, name, told in (
+        ("provider: kubernetes\nnamespace: Vision", "bad", "namespace"),
+        ("provider: kubernetes\nnamespace: vision\nqueue: x", "bad", "queue_name"),
+        ("provider: kubernets", "bad", "kubernetes"),
+        ("provider: local\nslots: 1", "from-file", "has the name"),
+        ("provider: local\nslots: 1", "local", "no name for a profile"),
+        ("- a list", "bad", "holds no fields"),
+    ):
+        file.write_text(text)
+        refused = CliRunner().invoke(app, ["profile", "save", name, "--file", str(file)])
+        assert isinstance(refused.exception, ConfigError)
+        assert re.search(told, refused.exception.message), refused.exception
+        assert refused.exception.hint
 
 
 @pytest.mark.usefixtures("server")

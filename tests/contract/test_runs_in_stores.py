@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 
+import click
 import pytest
 
 from blocks.attempt_objects import LOG_BATCH_BYTES, read_exit, read_log, read_progress
 from blocks.driving import announce, driven_runs, drivers, driving, forget
 from blocks.job import JobState
-from blocks.outputs import remember_output
+from blocks.outputs import list_runs, remember_output
 from blocks.pruning import delete, find_leftovers, whole_run
 from blocks.record import Outcome, RunRecord
 from blocks.store_check import check_store
+from flows.cli_completion import complete_runs
 from tests.contract.test_object_folder import make_plan, run_file
 from trainer.contract import AttemptLayout, ExitRecord, utc_now
 from trainer.storage import ObjectFolder, is_bucket
@@ -30,6 +32,16 @@ def make_run(store_uri: str, run_id: str = "good1234") -> RunRecord:
     record.write_outcome(1, Outcome(state=JobState.SUCCEEDED, epoch=3))
     remember_output(store_uri)
     return record
+
+
+def test_the_shell_completes_the_runs_that_were_listed_last(store_uri: str) -> None:
+    context, parameter = click.Context(click.Command("status")), click.Argument(["run"])
+    record = make_run(store_uri)
+    list_runs()
+    assert [item.value for item in complete_runs(context, parameter, "go")] == [record.run_id]
+    record.folder.delete_all(list(record.folder.sizes()))
+    list_runs()
+    assert complete_runs(context, parameter, "go") == []
 
 
 def test_a_log_is_read_on_from_where_it_was(store_uri: str) -> None:

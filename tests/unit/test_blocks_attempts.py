@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from blocks.attempts import Action, cancel_run, close, may_resume, next_step, next_step_of, result_of
-from blocks.errors import ResultMissing, RunCancelled
+from blocks.errors import JobFailed, ResultMissing, RunCancelled
 from blocks.job import FailureReason, JobRef, JobSpec, JobState, JobStatus, Plan, Result
 from blocks.record import CancelRequest, Outcome, RunRecord
-from trainer.contract import DatasetRef, TrainConfig
+from trainer.contract import DatasetRef, ExitCode, TrainConfig
 
 DONE = Outcome(state=JobState.SUCCEEDED, epoch=5)
 CANCELLED = Outcome(state=JobState.CANCELLED, epoch=2)
@@ -103,6 +103,11 @@ class Ending:
         raise ResultMissing("nothing there")
 
 
+class Waited(Ending):
+    def cancel(self, _ref: JobRef) -> None:
+        """Nothing of it is left."""
+
+
 def test_a_job_stopped_at_its_time_has_a_receipt_and_is_no_cancel(tmp_path: Path) -> None:
     record = RunRecord(str(tmp_path), "late1234")
     record.write_plan(make_plan(record))
@@ -113,6 +118,26 @@ def test_a_job_stopped_at_its_time_has_a_receipt_and_is_no_cancel(tmp_path: Path
     receipt = record.receipt(1)
     assert receipt is not None
     assert receipt.asked_by == "deadline"
+
+
+def test_a_job_stopped_by_a_limit_failed_of_its_cause(tmp_path: Path) -> None:
+    record = RunRecord(str(tmp_path), "wait1234")
+    record.write_plan(make_plan(record))
+    record.request_cancel(
+        CancelRequest(attempt=1, asked_by="pending limit", why="no such image", reason=FailureReason.IMAGE, hint="push it")
+    )
+    ref = JobRef(provider="local", native_id="x", run_id="wait1234", attempt=1, output_uri=record.attempt_uri(1), fingerprint="f")
+    outcome = close(Waited(), record, ref, JobStatus(state=JobState.CANCELLED, message="stopped as asked"))  # type: ignore[arg-type]
+    assert (outcome.state, outcome.reason, outcome.message, outcome.hint) == (
+        JobState.FAILED,
+        FailureReason.IMAGE,
+        "no such image",
+        "push it",
+    )
+    assert next_step_of(record, max_attempts=3).action is Action.DONE
+    with pytest.raises(JobFailed, match="image: no such image") as told:
+        result_of(record, next_step_of(record, max_attempts=3))
+    assert told.value.code is ExitCode.CONFIG
 
 
 def test_a_stop_that_looks_like_a_preemption_is_told_as_cancelled_and_then_cleared_away(tmp_path: Path) -> None:

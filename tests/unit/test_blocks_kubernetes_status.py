@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from blocks.job import FailureReason, JobState
+from blocks.job import FailureReason, JobState, Waiting
 from blocks.providers.kubernetes_causes import (
     explain_end,
     explain_failed_create,
@@ -15,7 +15,7 @@ from blocks.providers.kubernetes_causes import (
     explain_unschedulable,
     explain_waiting,
 )
-from blocks.providers.kubernetes_request import CANCELLED_AT, INSTANCE, PRICE
+from blocks.providers.kubernetes_request import CANCELLED_AT, INSTANCE, PRICE, STARTED_AT
 from blocks.providers.kubernetes_status import Native, parse_status, status_of_vanished
 from trainer.contract import ExitRecord, Phase, Progress
 
@@ -136,6 +136,15 @@ def test_cost_is_that_of_the_time_a_machine_was_held() -> None:
     assert parse_status(native(job())).cost_usd == 0.0
 
 
+def test_cost_of_a_cancelled_job_whose_pods_are_gone() -> None:
+    gone = job(("Suspended", "JobSuspended"), suspend=True, cancelled=True)
+    assert parse_status(native(gone)).cost_usd == 0.0, "it never had a machine"
+    gone["metadata"]["annotations"][STARTED_AT] = stamp(EARLIER)
+    status = parse_status(native(gone))
+    assert (status.cost_usd, status.started_at, status.ended_at) == (1.0, EARLIER, NOW)
+    assert "about" in status.message
+
+
 def test_the_trainers_own_word_counts_where_it_tells_the_same_end() -> None:
     exits = {"terminated": {"exitCode": 78, "message": "short. Next: do"}}
     record = ExitRecord(exit_code=78, reason=FailureReason.CONFIG, message="the whole story", hint="next", started_at=EARLIER)
@@ -190,12 +199,51 @@ def test_the_schedulers_sentence_is_kept_and_explained(text: str, reason: Failur
     assert cause.hint
 
 
+NO_PULL = {"waiting": {"reason": "ErrImagePull", "message": "pull access denied, repository does not exist"}}
+NO_LOGIN = {
+    "reason": "FailedToRetrieveImagePullSecret",
+    "message": "Unable to retrieve some image pull secrets (regcred); attempting to pull",
+}
+TOO_MUCH = "exceeded quota: q, requested: requests.cpu=2,pods=1, used: requests.cpu=0,pods=0, limited: requests.cpu=1500m,pods=9"
+USED_UP = "exceeded quota: q, requested: requests.cpu=1, used: requests.cpu=1, limited: requests.cpu=1500m"
+WAITS: dict[str, tuple[Native, Waiting | None]] = {
+    "no GPU": (native(job(), pod("Pending", conditions=[UNSCHEDULABLE])), Waiting.MACHINE),
+    "no pull": (native(job(), pod("Pending", container=NO_PULL)), Waiting.MENDING),
+    "no answer of the registry": (
+        native(job(), pod("Pending", container={"waiting": {"reason": "ErrImagePull", "message": "i/o timeout"}})),
+        Waiting.MACHINE,
+    ),
+    "quota used up": (native(job(), events=[{"reason": "FailedCreate", "message": USED_UP}]), Waiting.MACHINE),
+    "quota too small": (native(job(), events=[{"reason": "FailedCreate", "message": TOO_MUCH}]), Waiting.MENDING),
+    "gets its image": (native(job(), pod("Pending", container={"waiting": {"reason": "ContainerCreating"}})), Waiting.MACHINE),
+    "queued by Kueue": (native(job(suspend=True, queue="gpu")), None),
+    "started": (native(job(active=1), pod("Running", container=RUNNING)), None),
+    "between two pods": (native(job(failed=1), pod("Failed", conditions=[DRAINED])), None),
+    "taken away": (native(job(), pod("Running", metadata=LEAVING, conditions=[DRAINED])), None),
+    "over": (native(job(("Failed", "DeadlineExceeded"))), None),
+}
+
+
+@pytest.mark.parametrize("case", WAITS)
+def test_what_a_job_waits_for(case: str) -> None:
+    seen, waiting = WAITS[case]
+    assert parse_status(seen).waiting is waiting
+
+
+def test_a_pull_secret_that_is_missing_is_named() -> None:
+    status = parse_status(native(job(), pod("Pending", container=NO_PULL), events=[NO_LOGIN]))
+    assert "the pull secret 'regcred' is not there" in status.message
+    assert "kubectl create secret docker-registry regcred" in status.hint
+
+
 def test_what_the_autoscaler_does_is_told() -> None:
     text = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
     scaling = explain_unschedulable(text, [{"reason": "TriggeredScaleUp", "message": "pool 0->1 (max: 5)"}])
     assert "adds a node" in scaling.message
     refused = explain_unschedulable(text, [{"reason": "NotTriggerScaleUp", "message": "1 max node group size reached"}])
     assert "max node group size reached" in refused.message
+    both = [{"reason": "TriggeredScaleUp", "message": "pool 0->1"}, {"reason": "FailedScaleUp", "message": "out of stock"}]
+    assert "out of stock" in explain_unschedulable(text, both).message, "the latest word counts"
 
 
 PULLS = [
@@ -218,10 +266,10 @@ def test_why_an_image_is_not_pulled(text: str, told: str) -> None:
 
 
 def test_other_waits() -> None:
-    assert explain_waiting("ContainerCreating", "", "i") is None
-    assert explain_waiting("PodInitializing", "", "i") is None
-    wrong = explain_waiting("InvalidImageName", "", "A B")
-    secret = explain_waiting("CreateContainerConfigError", 'secret "keys" not found', "i")
+    assert explain_waiting("ContainerCreating", "", "i", []) is None
+    assert explain_waiting("PodInitializing", "", "i", []) is None
+    wrong = explain_waiting("InvalidImageName", "", "A B", [])
+    secret = explain_waiting("CreateContainerConfigError", 'secret "keys" not found', "i", [])
     assert wrong is not None
     assert secret is not None
     assert wrong.reason is FailureReason.IMAGE

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from blocks.attempts import cancel_run
 from blocks.job import JobState
-from blocks.outputs import known_outputs, remember_output
+from blocks.outputs import known_outputs, note_seen, remember_output
 from blocks.record import Outcome, RunRecord
 from blocks.refs import ref_key
 from flows.cli import COMMANDS, app, tell
@@ -209,10 +209,13 @@ def test_the_shell_completes_commands_options_and_runs(tmp_path: Path) -> None:
     RunRecord(str(tmp_path / "else where"), "aadd4444").open(run_file("aadd4444"))
     (tmp_path / "runs" / "aabroken").mkdir()
     (tmp_path / "runs" / "aabroken" / "run.json").write_text("{")
+    note_seen("s3://bucket/runs", {"aaeebucket": "cells"})
     assert complete("trainyard re", tmp_path) == ["plain,resume"]
     assert set(complete("trainyard ", tmp_path)) == {f"plain,{name}" for name in COMMANDS}
     for command in ("status", "logs -f", "cancel", "collect", "resume", "runs rm", "runs rm cccc3333"):
-        assert set(complete(f"trainyard {command} aa", tmp_path)) == {"plain,aaaa1111", "plain,aadd4444", "plain,aabroken"}
+        assert set(complete(f"trainyard {command} aa", tmp_path)) == {
+            f"plain,{name}" for name in ("aaaa1111", "aadd4444", "aabroken", "aaeebucket")
+        }
     assert complete("trainyard status ../", tmp_path) == []
     assert complete("trainyard runs pr", tmp_path) == ["plain,prune"]
     assert complete("trainyard logs --fo", tmp_path) == ["plain,--follow"]

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from pydantic import Field
 
 from blocks.attempts import Action, Step
-from blocks.errors import PlanChanged, ServiceUnavailable
+from blocks.errors import ConfigError, PlanChanged, ServiceUnavailable
 from blocks.job import JobRef, JobState, LogBatch, TrainRequest, canonical_json
 from blocks.naming import run_id_of_key
 from blocks.outputs import remember_output
@@ -168,9 +168,20 @@ def test_the_plan_shows_byte_for_byte_what_a_run_submits(
     with pytest.raises(KeyboardInterrupt):
         train.run_attempt(provider, record, run, request_for_shapes, Step(Action.START, 1), lambda _status: None, lambda: None)
     monkeypatch.setattr(drafting, "DRAFT_RUN_ID", "same1234")
-    drafted, _ = drafting.draft_plan(request_for_shapes)
+    drafted = drafting.draft_plan(request_for_shapes).plan
     assert canonical_json(drafted.request) == canonical_json(planned[0].request)
     assert drafted.fingerprint == planned[0].fingerprint
+
+
+def test_where_no_server_looks_at_a_plan_that_is_told(request_for_shapes: TrainRequest) -> None:
+    command = ["plan", request_for_shapes.dataset, "--server"]
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, ConfigError)
+    assert "local has no server that looks at a plan" in done.exception.message
+    assert "provider  local" in done.stdout, "the plan is shown all the same"
+    told = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert (told["provider"], told["server"]["valid"]) == ("local", False)
+    assert told["server"]["details"] == {"server": done.exception.message}
 
 
 def test_a_name_that_the_store_lacks_is_refused_at_once_with_those_that_it_has(tmp_path: Path, request_for_shapes: TrainRequest) -> None:

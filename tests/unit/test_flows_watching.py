@@ -10,7 +10,8 @@ import pytest
 
 from blocks.attempts import DEADLINE
 from blocks.errors import JobNotFound, RateLimited, ServiceUnavailable
-from blocks.job import FailureReason, JobRef, JobState, JobStatus, WatchPolicy
+from blocks.job import FailureReason, JobRef, JobState, JobStatus, Waiting, WatchPolicy
+from blocks.pending import PENDING_LIMIT
 from blocks.record import CancelRequest, RunRecord
 from flows.watching import DEADLINE_MARGIN_SECONDS, MOST_FAILED_POLLS, STALL_POLICY, StallGuard, next_delay, watch
 from trainer.contract import STEPPING, Phase, Progress, utc_now
@@ -45,6 +46,10 @@ class ScriptedProvider:
     def __init__(self, script: Sequence[JobState | JobStatus | Exception]) -> None:
         self.script: Iterator[JobState | JobStatus | Exception] = iter(script)
         self.cancelled = 0
+        self.limits: dict[Waiting, float] = {}
+
+    def pending_limits(self) -> dict[Waiting, float]:
+        return self.limits
 
     def observe(self, _ref: JobRef) -> JobStatus:
         answer = next(self.script)
@@ -118,6 +123,24 @@ def test_a_job_that_outlives_its_time_is_stopped_and_one_that_waits_is_not(tmp_p
     assert provider.cancelled == cancels
     asked = record.cancel_request(1)
     assert (asked.asked_by if asked else "") == (DEADLINE if cancels else "")
+
+
+def test_a_job_that_waits_for_what_nobody_mends_is_stopped_and_its_cause_told(tmp_path: Path) -> None:
+    waits = JobStatus(
+        state=JobState.STARTING,
+        waiting=Waiting.MENDING,
+        reason=FailureReason.IMAGE,
+        message="no such image",
+        hint="push it",
+        started_at=utc_now(),
+    )
+    provider = ScriptedProvider([waits, waits, JobState.CANCELLED])
+    provider.limits = {Waiting.MENDING: 0.0}
+    *_, record = observe(tmp_path, provider)
+    asked = record.cancel_request(1)
+    assert asked is not None
+    assert (asked.asked_by, asked.reason, asked.hint, provider.cancelled) == (PENDING_LIMIT, FailureReason.IMAGE, "push it", 1)
+    assert "no such image" in asked.why
 
 
 # --- Stalls ----------------------------------------------------------------------------------------------
