@@ -27,6 +27,7 @@ from tests.image_layers import MIB, pushed_layers
 from tests.stack import REPOSITORY, Stack, free_port, running_stack, wait_for
 from tests.stores import StoreServer
 from tests.trainer_image import TrainerImage
+from trainer.shapes import write_shapes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.e2e]
 POOL = "trainyard-kubernetes"
@@ -92,7 +93,8 @@ KubernetesProfile(**json.loads(sys.argv[1])).save("kubernetes")
 CERTIFICATES = "/opt/{}/lib/python3.11/site-packages/certifi/cacert.pem"
 CONFIG = {"model": "yolo11-pico", "epochs": 2, "batch_size": 4, "image_size": 64, "workers": 0, "device": "cpu"}
 PATIENCE = 600  # seconds; a start takes ten where nothing else runs
-LONG = 400  # epochs, each of less than a second
+LONG = 1000  # epochs, more than anybody waits for
+EPOCH = "running, epoch"
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,17 @@ def on_this_machine(worker: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return worker
 
 
+def stage(stack: Stack, s3: StoreServer) -> str:
+    """A dataset in a bucket; returns the store's URI."""
+    store, shapes = f"{s3.make_bucket()}/store", write_shapes(stack.folder / "shapes", train=8, val=4, test=4, size=64)
+    staged = stack.command("trainyard", "dataset", "stage", str(shapes), "--store", store, "--name", "shapes", **s3.settings())
+    assert staged.returncode == 0, staged.stderr
+    return store
+
+
 def set_up(stack: Stack, cluster: Cluster, namespace: str, s3: StoreServer, images: tuple[str, str]) -> str:
     """As WORKER.md says, but for what the host's network needs. Returns the store."""
-    store, (runner, trainer) = f"{s3.make_bucket()}/store", images
+    store, (runner, trainer) = stage(stack, s3), images
     profile = {
         "namespace": namespace,
         "service_account": "trainyard-job",
@@ -218,12 +228,7 @@ def inside(
 
 @pytest.mark.full
 def test_from_a_dataset_in_the_bucket_to_a_collected_model(inside: Inside, s3: StoreServer, tmp_path: Path) -> None:
-    from trainer.shapes import write_shapes
-
     stack, settings = inside.stack, s3.settings()
-    shapes = write_shapes(tmp_path / "shapes", train=8, val=4, test=4, size=64)
-    staged = stack.command("trainyard", "dataset", "stage", str(shapes), "--store", inside.store, "--name", "shapes", **settings)
-    assert staged.returncode == 0, staged.stderr
     began = time.monotonic()
     words = ["--param", f"dataset={inside.store}#shapes", "--param", f"config={json.dumps(CONFIG)}", "--watch"]
     done = stack.command("prefect", "deployment", "run", DEPLOYMENT, *words, timeout=600)
@@ -250,8 +255,9 @@ def test_from_a_dataset_in_the_bucket_to_a_collected_model(inside: Inside, s3: S
 
 
 @pytest.mark.full
-def test_flow_runs_that_are_evicted_and_killed_are_taken_up_again_and_train_once(inside: Inside) -> None:
-    """Prefect itself goes on with one that was told to leave; of one that was killed it tells, and `reconcile` in the cluster goes on."""
+def test_flow_runs_that_are_evicted_and_killed_are_taken_up_again_and_one_that_is_cancelled_stops(inside: Inside) -> None:
+    """Prefect itself goes on with one that was told to leave; of one that was killed it tells, and `reconcile` in the cluster goes on.
+    There is one training all the while."""
     flow_run_id = inside.start_run(parameters={"dataset": f"{inside.store}#shapes", "config": {**CONFIG, "epochs": LONG}})
     before = len(inside.training())
     wait_for("the training's Job", lambda: len(inside.training()) > before, PATIENCE)
@@ -261,12 +267,16 @@ def test_flow_runs_that_are_evicted_and_killed_are_taken_up_again_and_train_once
     wait_for("its flow", lambda: inside.stack.flow_run(flow_run_id)["state_type"] == "RUNNING", PATIENCE)
     inside.cluster.kill_pod(inside.namespace, inside.pod_of(flow_run_id))
     wait_for("Prefect to know", lambda: inside.stack.flow_run(flow_run_id)["state_type"] == "CRASHED", PATIENCE)
+    seen = inside.log(flow_run_id).count(EPOCH)
     time.sleep(SETTLE.total_seconds())  # until then a crash may still be reported once more
     done = inside.stack.command("prefect", "deployment", "run", "reconcile/local", "--watch")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert inside.stack.wait_final(flow_run_id, PATIENCE)["state_type"] == "COMPLETED", inside.log(flow_run_id)
+    wait_for("the third one to see the training go on", lambda: inside.log(flow_run_id).count(EPOCH) > seen, PATIENCE)
     assert len(inside.jobs_of(flow_run_id)) == 3
     assert len(inside.training()) == before + 1
+    inside.stack.api(f"/flow_runs/{flow_run_id}/set_state", {"state": {"type": "CANCELLING"}})
+    assert inside.stack.wait_final(flow_run_id, PATIENCE)["state_type"] == "CANCELLED", inside.log(flow_run_id)
+    wait_for("the training's Job to go", lambda: len(inside.training()) == before, PATIENCE)
 
 
 @pytest.mark.full
