@@ -27,7 +27,11 @@ def collect(run: str, folder: str | None, partial: bool, as_json: bool) -> None:
     refs = [ref for ref in map(record.ref, reversed(record.attempts())) if ref is not None]
     if not refs:
         raise ConfigError(f"run {record.run_id} has no job yet", hint=f"`trainyard status {record.run_id}`")
-    result = provider_of(record).collect(refs[0], allow_partial=partial)
+    outcome = record.outcome(refs[0].attempt)
+    result = outcome.result if outcome is not None else None
+    # A run that is over has its result in the record: then nobody has to reach the cluster or cloud that trained it.
+    if result is None or (result.outcome != "complete" and not partial):
+        result = provider_of(record).collect(refs[0], allow_partial=partial)
     place = Path(folder or record.run().name).expanduser().absolute()
     model = fetch_result(result, refs[0].output_uri, place, record.access, lambda line: click.echo(line, err=True))
     size = sum(file.bytes for file in result.files.values())

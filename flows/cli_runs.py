@@ -5,7 +5,6 @@ No Prefect server, and no import of Prefect but to check a saved profile.
 
 from __future__ import annotations
 
-import getpass
 import json
 import socket
 import time
@@ -20,6 +19,7 @@ from blocks.attempts import Action, cancel_run, next_step_of, provider_of
 from blocks.errors import ConfigError, JobNotFound, ServiceUnavailable, TransientError
 from blocks.job import JobRef, JobState, JobStatus
 from blocks.outputs import Listing, in_parallel
+from blocks.places import user_name
 from blocks.record import RunFile, RunRecord
 from flows.cli_clean import Age, prune, rm
 from flows.cli_completion import run_argument
@@ -252,7 +252,7 @@ def cancel(run: str, why: str, as_json: bool) -> None:
     if is_over(record):
         click.echo(json.dumps(summarize(record)) if as_json else f"run {record.run_id} is over: {describe_status(observe(record)[0])}")
         return
-    outcome = cancel_run(record, asked_by=f"{getpass.getuser()}@{socket.gethostname()}", why=why)
+    outcome = cancel_run(record, asked_by=f"{user_name()}@{socket.gethostname()}", why=why)
     attempts = record.attempts()
     if as_json:
         click.echo(json.dumps(summarize(record)))

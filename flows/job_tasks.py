@@ -6,7 +6,6 @@ look-ups and never replays a stale answer.
 
 from __future__ import annotations
 
-import getpass
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +34,7 @@ from blocks.errors import AuthError, ConfigError, PlanChanged, QuotaError, RunCa
 from blocks.job import JobRef, JobSpec, JobState, JobStatus, Plan, TrainRequest
 from blocks.naming import display_name
 from blocks.outputs import note_seen, remember_output
+from blocks.places import user_name
 from blocks.profiles import Profile, load_profile
 from blocks.provider import Provider
 from blocks.record import Outcome, RunFile, RunRecord, describe_dataset_change, request_hash
@@ -204,7 +204,7 @@ def open_run(
             request_hash=request_hash(request),
             provider=provider.NAME,
             settings=provider.settings.model_dump(mode="json"),
-            owner=getpass.getuser(),
+            owner=user_name(),
             flow_run_id=flow_run_id,
             watch=load_profile(request.profile).watch,
             versions={name: importlib.metadata.version(name) for name in ("trainyard", "prefect")},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from blocks.errors import PlanChanged, ServiceUnavailable
 from blocks.job import JobState, TrainRequest
 from blocks.naming import run_id_of_key
 from blocks.outputs import all_runs, look_everywhere
+from blocks.places import user_name
 from blocks.record import RunRecord, describe_dataset_change, describe_difference, request_hash
 from flows import prefect_settings
 from flows.display import TrainingDisplay, stderr_console
@@ -189,7 +189,7 @@ def ask_what_to_do(record: RunRecord | None) -> None:
 
 
 def who_asks() -> str:
-    return f"{getpass.getuser()}@{socket.gethostname()}"
+    return f"{user_name()}@{socket.gethostname()}"
 
 
 def tell_detached(record: RunRecord) -> None:

@@ -137,8 +137,8 @@ class Stack:
 
 
 @contextmanager
-def running_stack(folder: Path) -> Iterator[Stack]:
-    """A server with the deployment; workers are started by whoever wants them, and stopped here."""
+def running_stack(folder: Path, **settings: str) -> Iterator[Stack]:
+    """A server with the deployment; workers are started by whoever wants them, and stopped here. `settings` are Prefect's."""
     # A shell's background jobs start with SIGINT ignored, and would hand that on to every process started here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     port = free_port()
@@ -149,6 +149,7 @@ def running_stack(folder: Path) -> Iterator[Stack]:
         "PREFECT_WORKER_QUERY_SECONDS": "1",
         "DO_NOT_TRACK": "1",
         "TRAINYARD_HOME": str(folder / "home with space"),
+        **settings,
     }
     made = Stack(folder, environment)
     server = made.spawn("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), log="server.log")

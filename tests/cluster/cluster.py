@@ -18,6 +18,7 @@ from tests.cluster.programs import kubernetes_program
 from tests.stack import wait_for
 
 GPU = "nvidia.com/gpu"
+Right = tuple[str, str, str]  # API group, resource, verb
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,17 @@ class Cluster:
         file.touch(mode=0o600)
         file.write_text(json.dumps(kubeconfig(self.place, token or self.token(namespace, service_account), namespace)))
         return file
+
+    def rights_asked(self, namespace: str, service_account: str) -> dict[str, set[Right]]:
+        """What it did since the cluster's start, as the API server wrote it down: each right under `allow` or `forbid`."""
+        found: dict[str, set[Right]] = {"allow": set(), "forbid": set()}
+        for line in control_plane.audit_log(self.place).read_text().splitlines():
+            entry = json.loads(line)
+            if entry["user"]["username"] == f"system:serviceaccount:{namespace}:{service_account}" and (thing := entry.get("objectRef")):
+                resource = "/".join(filter(None, (thing["resource"], thing.get("subresource"))))
+                right = (thing.get("apiGroup", ""), resource, entry["verb"])
+                found[entry["annotations"]["authorization.k8s.io/decision"]].add(right)
+        return found
 
     # --- What a pod gets -----------------------------------------------------------------------------
 

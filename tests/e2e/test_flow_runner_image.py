@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.docker_engine import Engine
+from tests.flow_runner_image import build_flow_runner
 from tests.image_layers import scan_layer, unpacked_layers
-from tests.stack import REPOSITORY, Stack
-from tests.trainer_image import SECRET, STRICT, certificates
+from tests.stack import Stack
+from tests.trainer_image import SECRET, STRICT
 
-NAME = "trainyard-test/flow-runner"
 PROBE = """
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,11 +20,7 @@ print(version("trainyard"), find_spec("torch"), find_spec("prefect_gcp"))
 
 @pytest.fixture(scope="module")
 def image(docker_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> str:
-    name = f"{docker_engine.registry.host}/{NAME}:current"
-    options = ["--build-arg", f"BASE_IMAGE={docker_engine.base}", "--build-arg", "EXTRAS=aws kubernetes", "--network", "host"]
-    options += ["--secret", f"id=ca,src={certificates(tmp_path_factory.mktemp('certificates'))}", "--platform", "linux/amd64"]
-    docker_engine.docker("build", *options, "--file", str(REPOSITORY / "docker/flow-runner.Dockerfile"), "--tag", name, str(REPOSITORY))
-    return name
+    return build_flow_runner(docker_engine, tmp_path_factory.mktemp("certificates"), "aws", "kubernetes")
 
 
 def test_it_holds_the_chosen_clouds_and_no_framework(docker_engine: Engine, image: str) -> None:

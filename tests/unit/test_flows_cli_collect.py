@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from blocks import attempts
+from blocks.attempts import provider_of
 from blocks.errors import ConfigError, ResultMissing
-from blocks.job import JobRef
-from blocks.record import RunRecord
+from blocks.job import JobRef, JobState
+from blocks.record import Outcome, RunRecord
 from flows.cli import app
 from tests.unit.test_blocks_attempts import make_plan
 from tests.unit.test_blocks_record import run_file
@@ -72,6 +74,17 @@ def test_what_is_not_as_the_manifest_says_is_refused(record: RunRecord, tmp_path
     refused = collect("done", "--to", str(tmp_path / "place"))
     assert isinstance(refused.exception, ResultMissing)
     assert not (tmp_path / "place").exists()
+
+
+def test_of_a_run_that_is_over_nobody_asks_the_provider(record: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end(record)
+    ref = record.ref(1)
+    assert ref is not None
+    result = provider_of(record).collect(ref)
+    record.write_outcome(1, Outcome(state=JobState.SUCCEEDED, result=result))
+    monkeypatch.setattr(attempts, "provider_of", lambda _: pytest.fail("asked"))
+    assert collect("done", "--to", str(tmp_path / "place")).exit_code == 0
+    assert (tmp_path / "place" / AttemptLayout.MODEL).read_bytes() == MODEL
 
 
 def test_a_run_without_a_job_has_nothing_to_bring(record: RunRecord) -> None:
