@@ -49,6 +49,13 @@ class Request(NamedTuple):
     authorization: str
 
 
+class Answer(NamedTuple):
+    """What the store sent back, whether or not it arrived. Bytes are those of the body."""
+
+    request: Request
+    bytes_down: int
+
+
 @dataclass
 class FaultProxy:
     """``address`` stands in for the server's. Plan with `add`; a plan that is used up does nothing more."""
@@ -58,6 +65,7 @@ class FaultProxy:
     bytes_per_second: float | None = None
     faults: list[Fault] = field(default_factory=list[Fault])
     requests: list[Request] = field(default_factory=list[Request])
+    answers: list[Answer] = field(default_factory=list[Answer])
     closing: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _free_at: float = 0.0
@@ -106,13 +114,15 @@ def _make_answering(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
             action = fault.action if fault else None
             length = int(self.headers.get("Content-Length", 0))
             body = self.read_body(length // 2 if action == "cut_up" else length)
-            proxy.requests.append(Request(self.command, self.path, action, len(body), self.headers.get("Authorization", "")))
+            request = Request(self.command, self.path, action, len(body), self.headers.get("Authorization", ""))
+            proxy.requests.append(request)
             stalled = fault is not None and action == "stall" and (proxy.closing.wait(fault.seconds) or fault.seconds is None)
             if stalled or action in ("cut_up", "drop"):
                 return self.hang_up()
             if fault is not None and action == "refuse":
                 return self.send(fault.status, {}, b"<Error><Code>Planned</Code></Error>")
             status, headers, content = self.forward(body)
+            proxy.answers.append(Answer(request, len(content)))
             if action == "lose":
                 return self.hang_up()
             return self.send(status, headers, content, cut=action == "cut_down")

@@ -16,20 +16,23 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+import yaml
 
 from blocks.job import JobRef, JobSpec, JobStatus
 from blocks.providers.kubernetes_job import KubernetesProvider
 from blocks.providers.kubernetes_settings import KubernetesSettings
 from tests.cluster import images, node
 from tests.cluster.cluster import Cluster
+from tests.images import trainer_labels
 from tests.stack import REPOSITORY
 from tests.stores import StoreServer, new_store
-from trainer.contract import DatasetRef, TrainConfig
+from trainer.contract import CONTRACT_VERSION, DatasetRef, TrainConfig
 
 SCRIPT_IMAGE = "trainyard.test/script"
 # The trainer's arguments follow, as they would its image's entry point.
 ENTRYPOINT = ["/bin/sh", "-c", 'eval "$SCRIPT"', "trainer"]
 SMALL_CLASS = {"small": {"cpus": 0.05, "memory_gib": 0.0625, "usd_per_hour": 36.0}}
+SHIPPED = REPOSITORY / "deployments" / "kubernetes"
 WAIT = "trap 'echo leaving; exit 75' TERM; echo ready; while true; do sleep 0.2; done"
 
 
@@ -38,7 +41,7 @@ def make_image(name: str, entrypoint: list[str], environment: list[str]) -> byte
     with tarfile.open(fileobj=io.BytesIO(images.small_image())) as archive:
         parts = {name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]
     config = json.loads(parts["config.json"])
-    config["config"] = {"Env": environment, "Entrypoint": entrypoint}
+    config["config"] = {"Env": environment, "Entrypoint": entrypoint, "Labels": trainer_labels()}
     manifest = [{"Config": "config.json", "RepoTags": [f"{name}:1"], "Layers": ["layer.tar"]}]
     image = io.BytesIO()
     with tarfile.open(fileobj=image, mode="w") as archive:
@@ -64,6 +67,18 @@ def import_script_image(cluster: Cluster) -> str:
     return import_image(cluster, SCRIPT_IMAGE, ENTRYPOINT, ["PATH=/bin"])
 
 
+def shipped(file: str, namespace: str) -> list[dict[str, Any]]:
+    """A manifest as a person with a namespace of their own applies it. Objects of no namespace are named after it, too."""
+    text = (SHIPPED / file).read_text().replace("namespace: trainyard", f"namespace: {namespace}")
+    documents: list[dict[str, Any]] = list(yaml.safe_load_all(text))
+    for document in documents:
+        if document["kind"].startswith("Cluster"):
+            document["metadata"]["name"] = f"{namespace}-{document['metadata']['name']}"
+            if "roleRef" in document:
+                document["roleRef"]["name"] = f"{namespace}-{document['roleRef']['name']}"
+    return documents
+
+
 # --- The trainer of this environment, without an image of gigabytes ----------------------------------------
 
 
@@ -76,7 +91,7 @@ def import_host_image(cluster: Cluster) -> str:
     """Starts this environment's trainer; a pod that has `host_settings` has the folders."""
     entrypoint = [sys.executable, "-P", "-m", "trainer"]
     environment = [f"PATH={sys.prefix}/bin:/usr/bin:/bin", f"PYTHONPATH={REPOSITORY}", "PYTHONDONTWRITEBYTECODE=1"]
-    name = f"trainyard.test/host-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]}"
+    name = f"trainyard.test/host-{hashlib.sha256(f'{sys.prefix} {CONTRACT_VERSION}'.encode()).hexdigest()[:8]}"
     return import_image(cluster, name, entrypoint, environment)
 
 
@@ -172,3 +187,11 @@ def jobs_in(cluster: Cluster, s3: StoreServer, monkeypatch: pytest.MonkeyPatch) 
     name = import_script_image(cluster)
     with cluster.namespace("jobs") as namespace:
         yield Jobs(cluster, namespace, new_store(s3, monkeypatch), name)
+
+
+def push_host_image(cluster: Cluster, registry_host: str) -> str:
+    """`import_host_image`, in a registry, from where any machine gets it; its name by digest there."""
+    socket, name = node.socket(cluster.place), f"{registry_host}/trainyard-test/host:1"
+    images.ctr(socket, "images", "tag", "--force", import_host_image(cluster), name)
+    images.ctr(socket, "images", "push", "--plain-http", name)
+    return f"{name.rpartition(':')[0]}@{images.listed(socket)[name]}"

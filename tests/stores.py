@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 import secrets
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
@@ -45,6 +48,35 @@ class StoreServer:
         return {**self.environment, "AZURE_STORAGE_ENDPOINT": f"{address}/{self.environment['AZURE_STORAGE_ACCOUNT_NAME']}"}
 
 
+@dataclass
+class RunsBucket:
+    """A bucket as its owner sees it, whoever's keys the product has. Runs are below ``runs/``."""
+
+    bucket: str
+    client: Any
+
+    def objects(self, prefix: str = "") -> dict[str, int]:
+        """Sizes by key."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=urlsplit(self.bucket).netloc, Prefix=prefix)
+        return {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
+
+    def read(self, key: str) -> bytes:
+        return self.client.get_object(Bucket=urlsplit(self.bucket).netloc, Key=key)["Body"].read()
+
+    def json(self, key: str) -> Any:
+        return json.loads(self.read(key))
+
+    def run_ids(self) -> set[str]:
+        return {key.split("/")[1] for key in self.objects("runs/") if key.endswith("/run.json")}
+
+
+def s3_client(address: str) -> Any:
+    import boto3
+
+    keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
+    return boto3.client("s3", endpoint_url=address, region_name="us-east-1", **keys)
+
+
 @contextmanager
 def server_process(command: list[str], folder: Path, pattern: str, environment: dict[str, str]) -> Iterator[str]:
     """A server that chooses a free port; the address that it writes in its log."""
@@ -66,10 +98,7 @@ def server_process(command: list[str], folder: Path, pattern: str, environment: 
 def running_moto(folder: Path) -> Iterator[StoreServer]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
     with server_process(command, folder, r"Running on (http://127\.0\.0\.1:\d+)", {}) as address:
-        import boto3
-
-        keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
-        client = boto3.client("s3", endpoint_url=address, region_name="us-east-1", **keys)
+        client = s3_client(address)
 
         def make_bucket() -> str:
             name = f"data-{uuid4().hex[:12]}"

@@ -4,34 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from blocks.errors import AuthError
 from blocks.job import JobRef, JobState
 from blocks.providers.kubernetes_check import RIGHTS
 from blocks.providers.kubernetes_job import KubernetesProvider
 from tests.cluster.cluster import Cluster
-from tests.kubernetes_jobs import Jobs, ended, jobs_in, watch
+from tests.kubernetes_jobs import Jobs, ended, jobs_in, shipped, watch
 from tests.stores import StoreServer
 
-SHIPPED = Path(__file__).parents[2] / "deployments" / "kubernetes"
 pytestmark = [pytest.mark.cluster, pytest.mark.e2e]
-
-
-def shipped(file: str, namespace: str) -> list[dict[str, Any]]:
-    """A manifest as a person with a namespace of their own applies it. Objects of no namespace are named after it, too."""
-    text = (SHIPPED / file).read_text().replace("namespace: trainyard", f"namespace: {namespace}")
-    documents: list[dict[str, Any]] = list(yaml.safe_load_all(text))
-    for document in documents:
-        if document["kind"].startswith("Cluster"):
-            document["metadata"]["name"] = f"{namespace}-{document['metadata']['name']}"
-            if "roleRef" in document:
-                document["roleRef"]["name"] = f"{namespace}-{document['roleRef']['name']}"
-    return documents
 
 
 @pytest.fixture

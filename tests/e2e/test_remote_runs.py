@@ -16,7 +16,7 @@ import pytest
 
 from tests.e2e.test_command_line import TINY, told
 from tests.stack import REPOSITORY, Stack, stop, wait_for
-from tests.stores import CLOUD_PREFIXES, StoreServer, s3
+from tests.stores import CLOUD_PREFIXES, RunsBucket, StoreServer, s3, s3_client
 from trainer.contract import ExitCode
 
 __all__ = ["s3"]
@@ -25,13 +25,11 @@ pytestmark = pytest.mark.e2e
 
 
 @dataclass
-class Remote:
+class Remote(RunsBucket):
     """The stack's server, a bucket that only the saved credentials open, and a cluster whose jobs have an identity of their own."""
 
     stack: Stack
     cluster: Path
-    bucket: str
-    client: Any
 
     def command(self, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -55,19 +53,6 @@ class Remote:
                 stderr=output,
             )
 
-    def objects(self, prefix: str = "") -> dict[str, int]:
-        found = self.client.list_objects_v2(Bucket=urlsplit(self.bucket).netloc, Prefix=prefix).get("Contents", [])
-        return {item["Key"]: item["Size"] for item in found}
-
-    def read(self, key: str) -> bytes:
-        return self.client.get_object(Bucket=urlsplit(self.bucket).netloc, Key=key)["Body"].read()
-
-    def json(self, key: str) -> Any:
-        return json.loads(self.read(key))
-
-    def run_ids(self) -> set[str]:
-        return {key.split("/")[1] for key in self.objects("runs/") if key.endswith("/run.json")}
-
     def jobs(self, run_id: str) -> list[str]:
         return sorted(path.stem for path in self.cluster.glob("*.json") if run_id in path.stem)
 
@@ -77,17 +62,14 @@ class Remote:
 
 @pytest.fixture(scope="module")
 def remote(stack: Stack, s3: StoreServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
-    import boto3
-
     folder = tmp_path_factory.mktemp("remote")
     cluster = folder / "cluster"
     cluster.mkdir()
     (cluster / "identity").write_text(json.dumps(s3.environment))
-    keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
-    client = boto3.client("s3", endpoint_url=s3.address, region_name="us-east-1", **keys)
     environment = {name: value for name, value in stack.environment.items() if not name.startswith(CLOUD_PREFIXES)}
     environment |= {"TRAINYARD_HOME": str(folder / "home"), "SECRET": "made-up-51c0"}
-    made = Remote(replace(stack, environment=environment, folder=folder, workers=[]), cluster, s3.make_bucket(), client)
+    own = replace(stack, environment=environment, folder=folder, workers=[])
+    made = Remote(s3.make_bucket(), s3_client(s3.address), own, cluster)
     fields = (f"store={made.bucket}/data", f"output={made.bucket}/runs", f"store_endpoint={s3.address}", f"cluster={cluster}")
     saved = made.command("save-profile", "remote", *fields, "key=AKIDOFTHEBLOCK")
     assert saved.returncode == 0, saved.stderr
