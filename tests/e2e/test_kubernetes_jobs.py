@@ -256,7 +256,9 @@ def test_all_that_a_pod_may_not_do_is_forbidden(jobs: Jobs) -> None:
     ref = submit(provider, jobs)
     watch(provider, ref, ended)
     lines = [line.replace("\t", " ") for line in read_log(provider, ref)]
-    assert {"ids 1000 1000", "readonly", "writable", "no token", "NoNewPrivs: 1", "Seccomp: 2", "CapEff: 0000000000000000"} <= set(lines), lines
+    assert {"ids 1000 1000", "readonly", "writable", "no token", "NoNewPrivs: 1", "Seccomp: 2", "CapEff: 0000000000000000"} <= set(lines), (
+        lines
+    )
 
 
 # --- Who asks ----------------------------------------------------------------------------------------------
