@@ -15,6 +15,9 @@ from PIL import Image
 from trainer.contract import TrainerError
 from trainer.dataset import DatasetIndex, ProblemKind, check_dataset
 
+# Blood cells: 364 real photographs with boxes.
+BCCD = Path(__file__).resolve().parents[2] / "shared/data/bccd"
+needs_bccd = pytest.mark.skipif(not BCCD.is_dir(), reason="the BCCD set is not there; put it below shared/data/bccd beside the checkout")
 ROW = "0 0.5 0.5 0.5 0.5\n"
 CENTRE = (0.5, 0.5, 0.5, 0.5)
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TypeVar
 
+from trainer.certificates import choose_certificates
 from trainer.contract import (
     ENV_HOME,
     AttemptLayout,
@@ -211,7 +212,7 @@ def choose_variables(environ: Mapping[str, str], scratch: Path, mounts: Mounts) 
         pwd.getpwuid(os.getuid())
     except KeyError:
         chosen["USER"] = chosen["LOGNAME"] = environ.get("USER") or "trainyard"
-    return {**chosen, ENV_MOUNTS: mounts.to_json()}
+    return {**chosen, **choose_certificates(environ), ENV_MOUNTS: mounts.to_json()}
 
 
 def prepare(container: Container) -> Claim:

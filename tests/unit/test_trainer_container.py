@@ -16,6 +16,7 @@ import pytest
 
 from tests.fit_rig import make_attempt, wait_until
 from trainer.__main__ import main
+from trainer.certificates import choose_certificates
 from trainer.container import choose_variables, localize, read_config
 from trainer.contract import AttemptLayout, ExitCode, ExitRecord, ResultManifest, TrainerError, TrainJob
 from trainer.mounts import Mounts
@@ -235,3 +236,15 @@ def test_a_slash_too_few_is_no_folder() -> None:
         to_uri("s3:/bucket/x")
     assert "s3://bucket/x" in f"{caught.value}"
     assert to_uri("file:///") == to_uri("/") == "file:///"
+
+
+def test_where_the_system_trusts_nobody_the_trainer_brings_certificates(tmp_path: Path) -> None:
+    empty, full = tmp_path / "empty", tmp_path / "full"
+    empty.mkdir()
+    full.mkdir()
+    (full / "one.pem").touch()
+    chosen = choose_certificates({}, [str(empty), str(tmp_path / "none.pem")])
+    assert Path(chosen["SSL_CERT_FILE"]).stat().st_size > 10_000
+    assert choose_certificates({}, [str(empty), str(full)]) == {}
+    assert choose_certificates({}, [str(full / "one.pem")]) == {}
+    assert choose_certificates({"SSL_CERT_FILE": "/mine.pem"}, [str(empty)]) == {}

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.datasets import BCCD, needs_bccd
 from trainer.contract import ExitCode, SplitConfig, Task, TrainerError
 from trainer.dataset import DatasetIndex, ProblemKind, changed_files, check_dataset, write_yolo_layout
 
-BCCD = Path(__file__).resolve().parents[3] / "shared/data/bccd"
 ROW = "0 0.5 0.5 0.5 0.5\n"
 
 
@@ -385,7 +385,7 @@ def test_ultralytics_reads_the_layout_and_changes_no_file(tmp_path: Path, monkey
 # --- A real set ------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not BCCD.is_dir(), reason="the BCCD set is not there; put it below shared/data/bccd beside the checkout")
+@needs_bccd
 def test_bccd() -> None:
     index = check_dataset(BCCD)
     assert [index.count(split) for split in ("train", "val", "test")] == [205, 87, 72]
