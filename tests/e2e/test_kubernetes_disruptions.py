@@ -1,6 +1,6 @@
-"""What a cluster does to a training: pods deleted and evicted, machines that go, and a cancel in the middle.
+"""What a cluster does to a training: pods deleted and evicted, machines that go, or live on unseen, and a cancel in the middle.
 
-All of it, with `pytest -m 'full or not full'`, takes minutes; a plain run has the deleted pod alone.
+All of it, with `pytest -m 'full or not full'`, takes some ten minutes; a plain run has the deleted pod alone.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
+from tests.cluster.another_machine import another_machine, exit_code, output
 from tests.cluster.cluster import Cluster
 from tests.docker_registry import running_registry
 from tests.e2e.test_command_line import TINY
@@ -190,6 +192,35 @@ def test_a_machine_that_is_gone_costs_one_epoch_at_most(runs: KubernetesRuns, st
     training.expect_whole(attempts)
     [resumed] = resumed_after(runs.log(training.run_id, attempts))
     assert 0 <= done[-1] - resumed <= 1
+
+
+@pytest.mark.full
+def test_a_container_that_lives_on_unseen_is_fenced_and_the_model_is_the_others(runs: KubernetesRuns, start: Any) -> None:
+    """Its machine is cut off from the cluster, and not from the bucket."""
+    cluster, training = runs.cluster, start(epochs=400)
+    pod = training.pod()
+    old, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
+    old_code = partial(exit_code, cluster.place, pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://"))
+    cluster.stop_kubelet()
+    try:
+        cluster.delete_node()
+        before = training.saved()
+        wait_until_given_up(runs, training.run_id, old)
+        assert old_code() is None
+        assert training.saved() > before
+    except BaseException:
+        cluster.start_kubelet()
+        raise
+    with another_machine(cluster):
+        code = wait_for("the old container to end", lambda: (found := old_code()) is not None and (found,), 120)
+        new = training.pod()["metadata"]["name"]
+        assert code == (ExitCode.SUPERSEDED,)
+        assert f"another container ({new} on localhost) has had this attempt since" in output(cluster.place, uid)
+        assert training.end(1200) == ExitCode.OK, training.told
+        training.expect_whole()
+        owner = runs.attempt(training.run_id, 1, AttemptLayout.OWNER)
+        assert (owner["generation"], owner["pod"]) == (2, new)
+        assert runs.attempt(training.run_id, 1, AttemptLayout.EXIT)["exit_code"] == ExitCode.OK
 
 
 @pytest.mark.full
