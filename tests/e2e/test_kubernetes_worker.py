@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -156,7 +156,7 @@ def on_this_machine(worker: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def stage(stack: Stack, s3: StoreServer) -> str:
     """A dataset in a bucket; returns the store's URI."""
     store, shapes = f"{s3.make_bucket()}/store", write_shapes(stack.folder / "shapes", train=8, val=4, test=4, size=64)
-    staged = stack.command("trainyard", "dataset", "stage", str(shapes), "--store", store, "--name", "shapes", **s3.settings())
+    staged = stack.command("trainyard", "dataset", "stage", str(shapes), "--store", store, "--name", "shapes")
     assert staged.returncode == 0, staged.stderr
     return store
 
@@ -212,8 +212,9 @@ def inside(
     # Its own server: the others' deployments stay with the work pool that they have.
     patience = {"PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_CANCELLING_TIMEOUT_SECONDS": "10"}  # in place of 300
     with running_stack(folder, **patience) as stack, cluster.namespace("inside") as namespace:
-        store = set_up(stack, cluster, namespace, s3, (runner, trainer_image.reference))
-        made = Inside(cluster, namespace, stack, store, figures)
+        reached = replace(stack, environment={**stack.environment, **s3.settings()})
+        store = set_up(reached, cluster, namespace, s3, (runner, trainer_image.reference))
+        made = Inside(cluster, namespace, reached, store, figures)
 
         def polls() -> bool:
             return any(worker["status"] == "ONLINE" for worker in stack.api(f"/work_pools/{POOL}/workers/filter", {}))
@@ -228,7 +229,7 @@ def inside(
 
 @pytest.mark.full
 def test_from_a_dataset_in_the_bucket_to_a_collected_model(inside: Inside, s3: StoreServer, tmp_path: Path) -> None:
-    stack, settings = inside.stack, s3.settings()
+    stack = inside.stack
     began = time.monotonic()
     words = ["--param", f"dataset={inside.store}#shapes", "--param", f"config={json.dumps(CONFIG)}", "--watch"]
     done = stack.command("prefect", "deployment", "run", DEPLOYMENT, *words, timeout=600)
@@ -238,7 +239,7 @@ def test_from_a_dataset_in_the_bucket_to_a_collected_model(inside: Inside, s3: S
     [training] = inside.training()
     record = f"{inside.store}/runs/{training['metadata']['labels']['trainyard.io/run-id']}"
     # From a machine that cannot reach the cluster.
-    collected = stack.command("trainyard", "collect", record, "--to", str(tmp_path / "model"), "--json", **settings)
+    collected = stack.command("trainyard", "collect", record, "--to", str(tmp_path / "model"), "--json")
     assert collected.returncode == 0, collected.stderr
     assert json.loads(collected.stdout)["outcome"] == "complete"
     assert (tmp_path / "model/model/model.pt").stat().st_size > 10_000
