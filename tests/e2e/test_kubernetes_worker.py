@@ -21,9 +21,9 @@ import pytest
 from flows.reconcile import SETTLE
 from tests.cluster.cluster import Cluster, pod
 from tests.docker_engine import Engine
-from tests.e2e.test_kubernetes_rights import SHIPPED, shipped
 from tests.flow_runner_image import push_flow_runner
 from tests.image_layers import MIB, pushed_layers
+from tests.kubernetes_jobs import SHIPPED, shipped
 from tests.stack import REPOSITORY, Stack, free_port, running_stack, wait_for
 from tests.stores import StoreServer
 from tests.trainer_image import TrainerImage
