@@ -16,7 +16,9 @@ def push_image(host: str, repository: str, entrypoint: list[str], environment: l
     with tarfile.open(fileobj=io.BytesIO(images.small_image())) as archive:
         parts = {name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]
     config = json.loads(parts["config.json"])
-    config["config"] = {"Env": environment, "Entrypoint": entrypoint, "Labels": trainer_labels()}
+    # A kubelet keeps with which credentials it pulled a configuration's digest, and asks for them whatever the image is called next.
+    labels = {**trainer_labels(), "trainyard.test/repository": repository}
+    config["config"] = {"Env": environment, "Entrypoint": entrypoint, "Labels": labels}
     blobs = [
         (f"{OCI}.config.v1+json", json.dumps(config).encode()),
         (f"{OCI}.layer.v1.tar+gzip", gzip.compress(parts["layer.tar"], mtime=0)),

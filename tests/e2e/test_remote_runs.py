@@ -139,7 +139,7 @@ def test_another_machine_finds_the_runs_and_brings_a_model(remote: Remote, shape
     )
     refused = elsewhere.command("collect", row["run_id"], "--to", str(tmp_path / "other"))
     assert refused.returncode == ExitCode.RESULT_MISSING
-    assert "model.pt is not what the manifest says" in told(refused)
+    assert "model/model.pt in the store is not the file that is wanted" in told(refused)
 
 
 def test_cancelled_while_it_is_watched(remote: Remote, shapes: Path) -> None:
