@@ -9,6 +9,7 @@ the trainer leaves in the run's record, in `blocks/attempt_objects.py`.
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -342,13 +343,17 @@ def problems_of_places(spec: JobSpec, provider: str) -> list[Problem]:
     return problems
 
 
+SECRET_FIELD = re.compile(r"(?i)secret|password|token|credential|kubeconfig|_key\b")
+
+
 def describe_validation(exc: ValidationError) -> str:
-    """All of a validation's problems on one line each, `field: what is wrong (got value)`."""
+    """All of a validation's problems on one line each, `field: what is wrong (got value)`; no value of a field that holds a secret."""
     lines: list[str] = []
     for error in exc.errors():
         field = ".".join(str(part) for part in error["loc"])
         message = error["msg"].removeprefix("Value error, ")
-        shown = "" if error["type"] == "value_error" and not field else f" (got {_shorten(error['input'])})"
+        hidden = (error["type"] == "value_error" and not field) or SECRET_FIELD.search(field)
+        shown = "" if hidden else f" (got {_shorten(error['input'])})"
         lines.append(f"{field}: {message}{shown}" if field else message)
     return "\n".join(lines)
 

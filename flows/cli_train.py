@@ -70,9 +70,11 @@ def train(dataset: str, new: bool, run_key: str | None, as_json: bool, **options
 @click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
 def plan(dataset: str, server: bool, emit: bool, as_json: bool, **options: Any) -> None:
     """Show what a training on DATASET would send, where and at what cost. Starts nothing; without --server, sends nothing."""
+    from flows import prefect_settings
     from flows.drafting import ask_server, describe_draft_dataset, draft_plan
     from flows.reporting_text import format_cost, format_seconds
 
+    prefect_settings.apply_defaults()  # a profile is read from the server that the other commands use
     draft = draft_plan(build_request(dataset, options))
     drafted = draft.plan
     answer = ask_server(draft) if server else None

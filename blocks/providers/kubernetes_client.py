@@ -26,6 +26,7 @@ from blocks.errors import (
     RateLimited,
     ServiceUnavailable,
 )
+from blocks.job import JobRef
 from blocks.providers.kubernetes_settings import KubernetesSettings
 
 TIMEOUT_SECONDS = (5.0, 20.0)  # to connect, and between two reads
@@ -59,6 +60,10 @@ class BadCredentials(Exception):
     """The kubeconfig, or a program that it names, gives no way in."""
 
 
+# OpenSSL's names of what ends a handshake.
+NEVER_AGREED = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HANDSHAKE_FAILURE", "PROTOCOL_VERSION")
+
+
 class Cluster:
     """One API server, as one identity. Opened when first used."""
 
@@ -89,15 +94,16 @@ class Cluster:
                 method, path, query_params=list((query or {}).items()), header_params=headers, body=body, auth_settings=["BearerToken"]
             )
         except Exception as exc:  # of the plugin that gets the token
-            raise BadCredentials(f"{type(exc).__name__}: {exc}") from exc
+            raise BadCredentials(describe_cause(exc)) from None
         try:
             answer = client.rest_client.request(method, url, headers=headers, body=content, _request_timeout=TIMEOUT_SECONDS)
             data = cast("bytes", answer.read())
         except urllib3.exceptions.HTTPError as exc:
             unsent = isinstance(exc, (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError))
-            raise NoAnswer(exc, self.host, unsent=unsent) from exc
+            raise NoAnswer(exc, self.host, unsent=unsent or is_of_handshake(exc)) from exc
         except self._api_exception() as exc:  # the client's own name for a failure of TLS
-            raise NoAnswer(exc.__context__ or exc, self.host, unsent=True) from exc
+            cause = exc.__context__ or exc
+            raise NoAnswer(cause, self.host, unsent=is_of_handshake(cause)) from exc
         if not 200 <= answer.status < 300:
             raise ApiError(method, path, answer.status, parse_failure(data), answer.headers.get("Retry-After") or "")
         return data
@@ -115,10 +121,29 @@ class Cluster:
             except (ProviderError, MissingExtra):
                 raise
             except Exception as exc:  # the loaders raise whatever a malformed file makes of them
-                raise BadCredentials(f"{type(exc).__name__}: {exc}") from exc
+                raise BadCredentials(describe_cause(exc)) from None  # a traceback would tell what the text does not
             if not self._client.configuration.verify_ssl:
                 log.warning("%s: the server's certificate is not checked; whoever sits between can read the token", self.host)
         return self._client
+
+
+def is_of_handshake(exc: BaseException) -> bool:
+    """Whether no request was sent because the two never agreed on TLS; any other failure of it may come after the server has acted."""
+    return (
+        re.search("CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER|UNKNOWN_PROTOCOL|HANDSHAKE_FAILURE|PROTOCOL_VERSION", str(exc))
+        is not None
+    )
+
+
+def describe_cause(exc: Exception) -> str:
+    """The parser of YAML quotes the line that it does not like, which may be the token's."""
+    import yaml
+
+    if not isinstance(exc, yaml.YAMLError):
+        return f"{type(exc).__name__}: {exc}"
+    mark = getattr(exc, "problem_mark", None)
+    where = f" in line {mark.line + 1}" if mark is not None else ""
+    return f"the kubeconfig is no YAML{where}: {getattr(exc, 'problem', None) or 'it cannot be read'}"
 
 
 def parse_failure(data: bytes) -> dict[str, Any]:
@@ -230,6 +255,8 @@ def translate_silence(exc: NoAnswer) -> ProviderError:
         hint = "give the profile the cluster's ca_certificate (certificate-authority-data of the kubeconfig)"
         return AuthError(f"the certificate of {exc.host} is signed by nobody that this machine trusts", hint=hint)
     if "SSL" in type(exc.cause).__name__ or "SSLError" in text:
+        if not exc.unsent:
+            return ServiceUnavailable(f"the connection to {exc.host} broke: {exc.cause}", hint="nothing is lost; it is asked again")
         return ConfigError(
             f"{exc.host} speaks no TLS as this machine does: {exc.cause}", hint="check api_server: https, and the right port"
         )
@@ -271,6 +298,16 @@ def translate_refusal(exc: ApiError, settings: KubernetesSettings) -> ProviderEr
     if exc.status >= 500:
         return ServiceUnavailable(f"the API server failed: {exc.message}", hint="it is asked again; look at the cluster where this stays")
     return ConfigError(f"the API server answered {exc.status}: {exc.message}", hint="check api_server")
+
+
+def made_elsewhere(ref: JobRef, host: str) -> ConfigError:
+    """Of a Job that is not here and was made at another address. One cluster may have several, but so have two: a Job that were
+    taken for lost would be made again, or never stopped, while it runs there."""
+    made_at = "{0.scheme}://{0.netloc}".format(urlsplit(ref.console_url))
+    return ConfigError(
+        f"{host} has no Job {ref.native_id}, which was made at {made_at}: that may be another cluster",
+        hint="use the kubeconfig or context of that cluster; nothing was changed",
+    )
 
 
 def describe_call(method: str, path: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ never created again. Cancel suspends the Job, and deletes it once no pod is left
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from typing import Any, ClassVar, cast
@@ -21,7 +22,7 @@ from blocks.job import Capabilities, CheckReport, JobRef, JobSpec, JobStatus, Lo
 from blocks.naming import job_name
 from blocks.provider import AlreadyExists, Provider
 from blocks.providers.kubernetes_check import EXAMPLE_IMAGE, Check
-from blocks.providers.kubernetes_client import MERGE_PATCH, ApiError, Cluster, NoAnswer, translate
+from blocks.providers.kubernetes_client import MERGE_PATCH, ApiError, Cluster, NoAnswer, made_elsewhere, translate
 from blocks.providers.kubernetes_logs import LogCursor, place_in_log, pods_to_read, read_pod
 from blocks.providers.kubernetes_objects import Object, by_age, child, children, is_alive, is_over, time_at, word
 from blocks.providers.kubernetes_request import (
@@ -125,7 +126,11 @@ class KubernetesProvider(Provider[KubernetesSettings]):
         """Suspends the Job: its pods get TERM, and save. Repeated when no pod is left, it deletes the Job."""
         with self._translated(ref.run_id):
             job = self._get_job(ref.native_id, ref.scope)
-            if job is None or job["metadata"].get("deletionTimestamp"):
+            if job is None:
+                with suppress(JobNotFound):  # then there is nothing to stop
+                    self._vanished(ref, self.objects(ref.output_uri))
+                return
+            if job["metadata"].get("deletionTimestamp"):
                 return
             if CANCELLED_AT in child(job, "metadata", "annotations") or is_over(job):
                 if not self._pods_alive(job, ref):
@@ -290,6 +295,7 @@ class KubernetesProvider(Provider[KubernetesSettings]):
         )
 
     def _vanished(self, ref: JobRef, objects: ObjectFolder) -> JobStatus:
+        """What the bucket says of a Job that is not there. Where that is nothing: JobNotFound, or `made_elsewhere`."""
         note = read_submission(objects)
         status = status_of_vanished(
             read_exit(objects),
@@ -297,6 +303,8 @@ class KubernetesProvider(Provider[KubernetesSettings]):
             stopped=objects.get(AttemptLayout.STOP) is not None,
             price=note.usd_per_hour if note is not None else None,
         )
+        if status is None and not ref.console_url.startswith(f"{self.cluster.host}/"):
+            raise made_elsewhere(ref, self.cluster.host)
         if status is None:
             raise JobNotFound(
                 f"namespace {ref.scope} has no Job {ref.native_id}, and it left no word of its end",

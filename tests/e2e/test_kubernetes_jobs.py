@@ -161,6 +161,13 @@ def test_a_job_that_time_or_a_hand_removed_is_never_made_again(jobs: Jobs) -> No
     assert jobs.jobs() == []
     with pytest.raises(JobNotFound):
         by_hand.poll(ref)
+    by_hand.cancel(ref)
+
+    # Nor is it lost, or stopped, because this cluster is not the one that has it.
+    other = ref.model_copy(update={"console_url": ref.console_url.replace(jobs.cluster.server, "https://other.example:6443")})
+    for act in (by_hand.poll, by_hand.cancel):
+        with pytest.raises(ConfigError, match=r"was made at https://other\.example:6443: that may be another cluster"):
+            act(other)
 
 
 def test_a_deleted_pod_is_followed_by_another_and_both_logs_are_read(jobs: Jobs) -> None:
