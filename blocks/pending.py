@@ -7,10 +7,9 @@ only a person can mend, such as an image that is not there. A queue's wait (Kueu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
 from typing import NamedTuple
 
-from blocks.job import FailureReason, JobStatus, Waiting, seconds_between
+from blocks.job import FailureReason, JobStatus, Waiting
 
 PENDING_LIMIT = "pending limit"  # who asked, where a job that waited too long is stopped
 
@@ -26,25 +25,24 @@ class GaveUp(NamedTuple):
 
 
 class PendingJudge:
-    """Judges one attempt's job by what one watcher sees of it."""
+    """Judges one attempt's job by what one watcher sees of it, and by nothing before.
 
-    def __init__(self, submitted_at: datetime, limits: Limits) -> None:
-        self._submitted_at = submitted_at
+    How long it has waited since it was submitted says nothing: it may have been in a queue, or have trained on a machine that is gone.
+    Too long a wait under many watchers in a row is ended by the job's own deadline.
+    """
+
+    def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._first = True
         self._since: dict[Waiting, float] = {}
         self._cause: JobStatus | None = None  # the last that told one
 
     def observe(self, status: JobStatus, now: float) -> GaveUp | None:
         """`now` in seconds of any clock that does not go back."""
-        first, self._first = self._first, False
         if status.waiting is None:
             self._since.clear()
             self._cause = None
             return None
-        # A new watcher of a job that never had a machine takes the provider's word for how long it waits.
-        waited = seconds_between(self._submitted_at, status.observed_at) if first and status.started_at is None else 0.0
-        self._since.setdefault(Waiting.MACHINE, now - waited)
+        self._since.setdefault(Waiting.MACHINE, now)
         if status.waiting is Waiting.MENDING:
             self._since.setdefault(Waiting.MENDING, now)
             self._cause = status

@@ -97,7 +97,7 @@ class TimeLimits:
         self, record: RunRecord, ref: JobRef, max_runtime_seconds: float, pending: Limits, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._record, self._ref, self._seconds, self._clock = record, ref, max_runtime_seconds, clock
-        self._pending = PendingJudge(ref.submitted_at, pending)
+        self._pending = PendingJudge(pending)
         # Waiting for a machine costs nothing and is no run time: the clock starts when the job was first seen to have one.
         self._running_since: datetime | None = None
 
