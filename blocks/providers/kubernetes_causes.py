@@ -93,9 +93,9 @@ def explain_pull(text: str, image: str, missing_secret: str = "") -> Cause:
             message = (
                 f"the pull secret {missing_secret!r} is not there, and without it the registry does not let the node pull {image}: {text}"
             )
-            hint = f"kubectl create secret docker-registry {missing_secret} --docker-server=... , or mend image_pull_secret in the profile"
+            hint = f"kubectl create secret docker-registry {missing_secret} -n ... --docker-server=... , or mend image_pull_secret"
             return broken(FailureReason.IMAGE, message, hint)
-        hint = "name the Secret that logs in by image_pull_secret: kubectl create secret docker-registry ..."
+        hint = "name the Secret that logs in by image_pull_secret: kubectl create secret docker-registry ... -n ..."
         return broken(FailureReason.IMAGE, f"the registry does not let the node pull {image}: {text}", hint)
     if re.search(r"(?i)not found|manifest unknown|NotFound|does not exist", text):
         return broken(
@@ -115,7 +115,7 @@ def _wrong_architecture(image: str) -> Cause:
 
 def explain_config(text: str) -> Cause:
     if found := re.search(r'secret "([^"]+)" not found', text):
-        hint = f"kubectl create secret generic {found[1]} --from-literal=AWS_ACCESS_KEY_ID=... , or mend env_secret in the profile"
+        hint = f"kubectl create secret generic {found[1]} -n ... --from-literal=AWS_ACCESS_KEY_ID=... , or mend env_secret in the profile"
         return broken(FailureReason.CONFIG, f"the secret {found[1]!r} that the pod refers to is not there", hint)
     if found := re.search(r"couldn't find key (\S+) in Secret", text):
         return broken(FailureReason.CONFIG, f"the secret has no key {found[1]}: {text}", "add it: kubectl edit secret")

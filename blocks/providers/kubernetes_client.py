@@ -275,6 +275,9 @@ def translate_refusal(exc: ApiError, settings: KubernetesSettings) -> ProviderEr
         return AuthError("the API server does not know this token, or it has expired", hint=hint)
     if exc.status == 403 and "exceeded quota" in exc.message:
         return QuotaError(exc.message, hint=f"kubectl describe resourcequota -n {settings.namespace}")
+    if exc.status == 403 and re.search("denied (the )?request", exc.message):  # by a webhook or an admission policy
+        hint = "give the profile what it asks for: labels, annotations, or pod_patch"
+        return ConfigError(f"a policy of the cluster refuses it: {exc.message}", hint=hint)
     if exc.status == 403:
         # A Status has no field for the verb.
         verb, resource = describe_call(exc.method, exc.path)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 
 from blocks.errors import AuthError, ConfigError, ServiceUnavailable
 from blocks.provider import describe_validation
-from blocks.providers.kubernetes_client import BadCredentials, Cluster, NoAnswer, translate
+from blocks.providers.kubernetes_client import ApiError, BadCredentials, Cluster, NoAnswer, translate
 from blocks.providers.kubernetes_settings import KubernetesSettings
 
 pytest.importorskip("kubernetes")
@@ -105,6 +105,21 @@ def test_no_request_was_sent_where_both_never_agreed_on_tls(certificate: Path) -
         untrusted = ask(port, None)
     assert untrusted.unsent, untrusted.cause
     assert isinstance(translate(untrusted, KubernetesSettings()), AuthError)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected", "told"),
+    [
+        ("jobs.batch \"a\" is forbidden: ValidatingAdmissionPolicy 'p' with binding 'b' denied request: no team", ConfigError, "labels"),
+        ('admission webhook "w" denied the request: no team', ConfigError, "labels"),
+        ('jobs.batch is forbidden: User "u" cannot create resource "jobs"', AuthError, "rbac.yaml"),
+    ],
+)
+def test_a_policys_refusal_is_no_missing_right(message: str, expected: type[Exception], told: str) -> None:
+    refusal = ApiError("POST", "/apis/batch/v1/namespaces/n/jobs", 403, {"message": message}, "")
+    error = translate(refusal, KubernetesSettings())
+    assert isinstance(error, expected)
+    assert told in error.hint
 
 
 def test_a_malformed_kubeconfig_is_told_without_its_text() -> None:
