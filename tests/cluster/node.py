@@ -102,6 +102,8 @@ def kubelet_config(place: Place) -> dict[str, object]:
         "serializeImagePulls": False,
         "evictionHard": {"memory.available": "50Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
         "imageGCHighThresholdPercent": 100,  # the rig prunes by itself
+        # Else an image that the rig brought is pulled, in vain, once the same configuration was pulled under another name.
+        "imagePullCredentialsVerificationPolicy": "NeverVerify",
     }
 
 
