@@ -34,7 +34,7 @@ from blocks.providers.kubernetes_objects import (
     word,
 )
 from blocks.providers.kubernetes_request import CANCELLED_AT, INSTANCE, PRICE, STARTED_AT
-from trainer.contract import ExitCode, ExitRecord, Phase, Progress, utc_now
+from trainer.contract import ExitRecord, Phase, Progress, utc_now
 
 CONDITIONS = frozenset({"Suspended", "FailureTarget", "SuccessCriteriaMet", "Complete", "Failed"})
 
@@ -250,7 +250,7 @@ def status_of_vanished(ended: ExitRecord | None, progress: Progress | None, *, s
     if ended is not None:
         seconds = seconds_between(ended.started_at, ended.ended_at)
         status = parse_exit(ended, progress, None if price is None else round(price * seconds / 3600, 4))
-        if stopped and ended.exit_code == ExitCode.PREEMPTED:  # a trainer that got TERM before it saw why
+        if stopped and status.state is JobState.FAILED:  # a trainer that got TERM before it saw why, or while it loaded
             status = status.model_copy(update={"state": JobState.CANCELLED, "reason": None})
         return status.model_copy(update={"native_state": "removed"})
     if stopped:

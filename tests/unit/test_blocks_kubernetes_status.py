@@ -164,11 +164,12 @@ def test_a_removed_job_is_what_its_record_says() -> None:
     cancelled = status_of_vanished(record, None, stopped=False, price=2.0)
     assert cancelled is not None
     assert (cancelled.state, cancelled.cost_usd) == (JobState.CANCELLED, 1.0)
-    told = ExitRecord(exit_code=75, reason=FailureReason.PREEMPTED, started_at=EARLIER, ended_at=NOW)
-    for stop, state in ((True, JobState.CANCELLED), (False, JobState.FAILED)):
-        status = status_of_vanished(told, None, stopped=stop, price=None)
-        assert status is not None
-        assert (status.state, status.reason is None) == (state, stop)
+    for code, reason in ((75, FailureReason.PREEMPTED), (70, FailureReason.USER_CODE)):
+        told = ExitRecord(exit_code=code, reason=reason, started_at=EARLIER, ended_at=NOW)
+        for stop, state in ((True, JobState.CANCELLED), (False, JobState.FAILED)):
+            status = status_of_vanished(told, None, stopped=stop, price=None)
+            assert status is not None
+            assert (status.state, status.reason is None) == (state, stop)
     stopped = status_of_vanished(None, None, stopped=True, price=None)
     assert stopped is not None
     assert stopped.state is JobState.CANCELLED
