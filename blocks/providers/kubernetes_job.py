@@ -129,8 +129,7 @@ class KubernetesProvider(Provider[KubernetesSettings]):
             if job is None:
                 with suppress(JobNotFound):  # then there is nothing to stop
                     self._vanished(ref, self.objects(ref.output_uri))
-                return
-            if job["metadata"].get("deletionTimestamp"):
+            if job is None or job["metadata"].get("deletionTimestamp"):
                 return
             if CANCELLED_AT in child(job, "metadata", "annotations") or is_over(job):
                 if not self._pods_alive(job, ref):
@@ -142,8 +141,6 @@ class KubernetesProvider(Provider[KubernetesSettings]):
                 noted[STARTED_AT] = began.isoformat()
             body = {"metadata": {"annotations": noted}, "spec": {"suspend": True}}
             self._tolerate_missing("PATCH", self._job_path(ref.native_id, ref.scope), body=body, content_type=MERGE_PATCH)
-
-    # --- For the base class ---------------------------------------------------------------------------
 
     def _validate(self, spec: JobSpec) -> tuple[Problem, ...]:
         problems: list[Problem] = []

@@ -292,8 +292,8 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.
     for done in range(1, 6):
         ticker.on_bytes(done * 10**6, 10 * 10**6)
     assert capsys.readouterr().err.splitlines() == [
-        "3.0 MB of 10.0 MB, 300.0 kB/s, ETA 23 s",
-        "5.0 MB of 10.0 MB, 250.0 kB/s, ETA 20 s",
+        "3.0 MB of 10.0 MB, 300.0 kB/s, ETA 23s",
+        "5.0 MB of 10.0 MB, 250.0 kB/s, ETA 20s",
     ]
 
 
