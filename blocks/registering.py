@@ -214,7 +214,7 @@ def _stage_file(labels: Path, store: ObjectStore) -> tuple[StagedFile, int]:
     except FileNotFoundError:
         pass
     if read.content is None:
-        put_file(store, key, labels, read.stat)
+        put_file(store, key, labels, read.digest, read.stat.size)
     else:
         put_object(store, key, read.content)
     return staged, read.stat.size

@@ -100,9 +100,7 @@ class Uploader:
         if read.content is not None:
             self._send(upload, partial(put_object, self.store, key, read.content))
         else:
-            # Only what is sent from memory is certain to be what its name says: a larger one may have changed on its way.
-            self.listed.pop(key, None)
-            self._send(upload, partial(put_file, self.store, key, self.root / read.path, read.stat, self.silence.answered))
+            self._send(upload, partial(put_file, self.store, key, self.root / read.path, read.digest, size, self.silence.answered))
 
     def _close_pack(self) -> None:
         pack, self._pack = self._pack, Pack()

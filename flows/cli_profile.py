@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, cast
-
 import click
 
 from flows.cli_lazy import LazyGroup
@@ -24,9 +21,10 @@ def profile() -> None:
 )
 def save(name: str, file: str) -> None:
     """Save the profile NAME from a file, in the place of an earlier one. Its secrets are kept encrypted by the server."""
+    from blocks.yaml_files import read_fields
     from flows import prefect_settings
 
-    fields = read_profile_file(file)
+    fields = read_fields(file, hint="deployments/kubernetes/profile.yaml is an example")
     prefect_settings.apply_defaults()
     server = prefect_settings.require_server()
     if server is None:
@@ -35,17 +33,3 @@ def save(name: str, file: str) -> None:
 
     saved = save_profile(name, str(fields.pop("provider", "")), fields)
     click.echo(f"saved {saved}; is it complete?  trainyard check {name}")
-
-
-def read_profile_file(path: str) -> dict[str, Any]:
-    import yaml
-
-    from blocks.errors import ConfigError
-
-    try:
-        loaded = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        raise ConfigError(f"cannot read {path}: {exc}", hint="deployments/kubernetes/profile.yaml is an example") from exc
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} holds no fields", hint="deployments/kubernetes/profile.yaml is an example")
-    return cast("dict[str, Any]", loaded)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
 import yaml
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from blocks.errors import ConfigError
 from blocks.job import TrainRequest
+from blocks.yaml_files import read_fields
 from trainer.contract import ExitCode, SplitConfig, TrainConfig, TrainerError, unknown_name_message
 
 # Fields of the request that have an option of their own; the others are set in a YAML file.
@@ -117,13 +118,7 @@ def require_files(request: TrainRequest) -> None:
 
 def read_request_file(path: str) -> dict[str, Any]:
     """The fields of a YAML file: those of the request, and those of the config at the top level or under `config`."""
-    try:
-        loaded = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        raise ConfigError(f"cannot read {path}: {exc}", hint="give a YAML file with fields such as `epochs: 30`") from exc
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} holds no fields", hint="write one per line, such as `epochs: 30`")
-    values = cast("dict[str, Any]", loaded)
+    values = read_fields(path, hint="write one field per line, such as `epochs: 30`")
     for name in ("config", "split", "resources"):
         if not isinstance(values.get(name, {}), dict):
             raise ConfigError(f"{path}: {name} holds fields, not {values[name]!r}", hint=f"write its fields below `{name}:`")

@@ -79,6 +79,18 @@ def shipped(file: str, namespace: str) -> list[dict[str, Any]]:
     return documents
 
 
+def granted(file: str, namespace: str) -> set[tuple[str, str, str]]:
+    """Group, resource and verb of each right that a manifest's Role gives."""
+    role = next(document for document in shipped(file, namespace) if document["kind"] == "Role")
+    return {
+        (group, resource, verb)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
 # --- The trainer of this environment, without an image of gigabytes ----------------------------------------
 
 

@@ -120,7 +120,7 @@ def push_file(
         obstore.put(
             store,
             key,
-            _read_pieces(path, file, on_piece) if content is None else content,
+            read_pieces(path, file, on_piece) if content is None else content,
             attributes=None if isinstance(store, LocalStore) else {DIGEST: file.sha256},
             chunk_size=max(PART_BYTES, file.bytes // MOST_PARTS + 1),
             max_concurrency=PARTS,
@@ -154,7 +154,7 @@ def is_same(found: ManifestFile | None, wanted: ManifestFile) -> bool:
     return found is not None and (found.sha256, found.bytes) == (wanted.sha256, wanted.bytes)
 
 
-def _read_pieces(path: Path, file: ManifestFile, while_written: Callable[[], None]) -> Iterator[bytes]:
+def read_pieces(path: Path, file: ManifestFile, while_written: Callable[[], None]) -> Iterator[bytes]:
     """The file's content; raises before its end, which abandons the upload, where it is not what was hashed."""
     total = hashlib.sha256()
     held = b""

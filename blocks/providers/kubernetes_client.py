@@ -139,11 +139,11 @@ def describe_cause(exc: Exception) -> str:
     """The parser of YAML quotes the line that it does not like, which may be the token's."""
     import yaml
 
+    from blocks.yaml_files import describe_yaml_error
+
     if not isinstance(exc, yaml.YAMLError):
         return f"{type(exc).__name__}: {exc}"
-    mark = getattr(exc, "problem_mark", None)
-    where = f" in line {mark.line + 1}" if mark is not None else ""
-    return f"the kubeconfig is no YAML{where}: {getattr(exc, 'problem', None) or 'it cannot be read'}"
+    return f"the kubeconfig is no YAML{describe_yaml_error(exc)}"
 
 
 def parse_failure(data: bytes) -> dict[str, Any]:

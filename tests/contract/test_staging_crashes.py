@@ -171,7 +171,8 @@ def test_a_kill_costs_what_was_under_way_and_nothing_that_had_arrived(
     monkeypatch.setattr("blocks.staging.MEMORY_BYTES", LARGE_BYTES)
     staged = stage_folder(root, store_uri)
     sent = [request for request in proxy.requests if re.search(r"/(files|packs)/", request.path) and request.bytes_up]
-    assert sum(request.bytes_up for request in sent) == large_bytes + pack_files * packed_bytes(small_bytes) + len(END)
+    beside = sum(request.bytes_up for request in sent) - (large_bytes + pack_files * packed_bytes(small_bytes) + len(END))
+    assert 0 <= beside < 1000, "the list of its parts, with which a file sent from the disk ends"
     assert verify_version(store_uri, staged.version).files == 212
     assert_no_duplicates(store_uri, contents(root), beyond=0)
 

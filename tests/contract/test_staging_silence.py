@@ -131,7 +131,6 @@ def test_a_large_file_on_a_slow_link_is_not_called_silent(
     """Each part that the store takes is a sign of life: a part takes a second, and all of them longer than a silence may."""
     monkeypatch.setattr("trainer.silence.FIRST_SECONDS", 4.5)
     monkeypatch.setattr("blocks.staging.MEMORY_BYTES", LARGE_BYTES)
-    monkeypatch.setattr("blocks.sending.TOLD_BYTES", LARGE_BYTES)
     monkeypatch.setattr("blocks.sending.PART_BYTES", 5 * 2**20)
     monkeypatch.setattr("blocks.sending.PARTS_AT_ONCE", 1)
     root = tmp_path / "source"

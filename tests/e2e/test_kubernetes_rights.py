@@ -12,7 +12,7 @@ from blocks.job import JobRef, JobState
 from blocks.providers.kubernetes_check import RIGHTS
 from blocks.providers.kubernetes_job import KubernetesProvider
 from tests.cluster.cluster import Cluster
-from tests.kubernetes_jobs import Jobs, ended, jobs_in, shipped, watch
+from tests.kubernetes_jobs import Jobs, ended, granted, jobs_in, shipped, watch
 from tests.stores import StoreServer
 
 pytestmark = [pytest.mark.cluster, pytest.mark.e2e]
@@ -64,16 +64,8 @@ def test_the_shipped_account_runs_a_job_and_sees_what_a_check_needs(jobs: Jobs) 
 
 
 def test_the_role_has_what_the_check_asks_for_and_no_more() -> None:
-    role = next(document for document in shipped("rbac.yaml", "any") if document["kind"] == "Role")
-    granted = {
-        (group, resource, verb)
-        for rule in role["rules"]
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-        for verb in rule["verbs"]
-    }
     asked = {(group, f"{resource}/{sub}" if sub else resource, verb) for group, resource, sub, verbs in RIGHTS for verb in verbs}
-    assert granted == asked
+    assert granted("rbac.yaml", "any") == asked
 
 
 def cancel_twice(provider: KubernetesProvider, ref: JobRef) -> None:

@@ -23,7 +23,7 @@ from tests.cluster.cluster import Cluster, pod
 from tests.docker_engine import Engine
 from tests.flow_runner_image import push_flow_runner
 from tests.image_layers import MIB, pushed_layers
-from tests.kubernetes_jobs import SHIPPED, shipped
+from tests.kubernetes_jobs import SHIPPED, granted, shipped
 from tests.stack import REPOSITORY, Stack, free_port, running_stack, wait_for
 from tests.stores import StoreServer
 from tests.trainer_image import TrainerImage
@@ -298,12 +298,7 @@ def test_the_worker_needs_each_right_of_its_role_and_no_other(inside: Inside) ->
     wait_for("the last words of the one that fell", lambda: "it has no such module" in inside.log(falls), PATIENCE)
     wait_for("the cancelled run's Job to go", lambda: not inside.jobs_of(cancelled), PATIENCE)
 
-    role = next(document for document in shipped("worker.yaml", inside.namespace) if document["kind"] == "Role")
-    granted = {
-        (group, resource, verb)
-        for rule in role["rules"]
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-        for verb in rule["verbs"]
+    assert inside.cluster.rights_asked(inside.namespace, "trainyard-worker") == {
+        "allow": granted("worker.yaml", inside.namespace),
+        "forbid": set(),
     }
-    assert inside.cluster.rights_asked(inside.namespace, "trainyard-worker") == {"allow": granted, "forbid": set()}

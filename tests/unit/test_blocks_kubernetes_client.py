@@ -22,6 +22,7 @@ from blocks.errors import AuthError, ConfigError, ServiceUnavailable
 from blocks.provider import describe_validation
 from blocks.providers.kubernetes_client import ApiError, BadCredentials, Cluster, NoAnswer, translate
 from blocks.providers.kubernetes_settings import KubernetesSettings
+from blocks.yaml_files import read_fields
 
 pytest.importorskip("kubernetes")
 
@@ -129,6 +130,15 @@ def test_a_malformed_kubeconfig_is_told_without_its_text() -> None:
     assert "no YAML in line 5" in str(raised.value)
     assert "eyJSECRET" not in str(raised.value)
     assert raised.value.__cause__ is None
+    assert raised.value.__suppress_context__
+
+
+def test_a_malformed_file_of_a_profile_is_told_without_its_text(tmp_path: Path) -> None:
+    file = tmp_path / "profile.yaml"
+    file.write_text('provider: kubernetes\ntoken: eyJSECRET: "x')
+    with pytest.raises(ConfigError, match="no YAML in line 2") as raised:
+        read_fields(str(file), hint="mend it")
+    assert "eyJSECRET" not in str(raised.value)
     assert raised.value.__suppress_context__
 
 

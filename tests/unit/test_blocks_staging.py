@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
@@ -13,7 +14,7 @@ import pytest
 
 from blocks.counting import Counts
 from blocks.reading import TAKE_BYTES, Read, read_file, take_read
-from blocks.scanning import Stat, stat_of
+from blocks.scanning import Stat
 from blocks.sending import put_file
 from blocks.staging import stage_folder
 from blocks.stat_cache import StatCache
@@ -71,12 +72,23 @@ def test_a_store_within_the_folder_is_left_out_of_it(tmp_path: Path, monkeypatch
 
 def test_a_large_file_that_goes_away_meanwhile_is_told_as_gone(tmp_path: Path) -> None:
     file = tmp_path / "large.bin"
-    file.write_bytes(b"x" * 100)
-    found = stat_of(file.stat())
     store = open_store((tmp_path / "store").as_uri())
-    file.unlink()
     with pytest.raises(TrainerError, match="vanished while the folder was staged"):
-        put_file(store, "files/ab/cd", file, found)
+        put_file(store, "files/ab/cd", file, bytes(32), 100)
+
+
+def test_a_large_file_that_changes_meanwhile_leaves_the_object_of_another_dataset(tmp_path: Path) -> None:
+    file = tmp_path / "large.bin"
+    content = os.urandom(20 * 2**20)
+    file.write_bytes(content)
+    digest = hashlib.sha256(content).digest()
+    store = open_store((tmp_path / "store").as_uri())
+    put_file(store, "files/ab/cd", file, digest, len(content))
+    file.write_bytes(content[:-1] + b"?")
+    for key in ("files/ab/cd", "files/ab/other"):
+        with pytest.raises(TrainerError, match="changed while it was staged"):
+            put_file(store, key, file, digest, len(content))
+    assert {path.name: path.read_bytes() == content for path in (tmp_path / "store").rglob("*") if path.is_file()} == {"cd": True}
 
 
 @pytest.mark.parametrize("other", ["folder", "name"])
