@@ -2,7 +2,7 @@
 
 Idempotency: the Job's name, `ty-<run>-<attempt>`. Before it is created, a note in the attempt's folder says so; a Job that is no
 longer there although the note is old, or although the trainer has written, was removed (by its time to live, or by hand) and is
-never created again. Cancel suspends the Job, and deletes it once no pod is left.
+never created again. Cancel suspends the Job, and deletes it once no pod is left and the record tells of its end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from blocks.providers.kubernetes_request import (
     without_volatile,
 )
 from blocks.providers.kubernetes_settings import NAME, KubernetesSettings, find_price
-from blocks.providers.kubernetes_status import Native, find_start, parse_status, status_of_vanished
+from blocks.providers.kubernetes_status import Native, find_start, may_be_removed, parse_status, status_of_vanished
 from blocks.store_check import check_store
 from trainer.contract import AttemptLayout, TrainJob, UserInput, utc_now
 from trainer.storage import ObjectFolder
@@ -109,7 +109,10 @@ class KubernetesProvider(Provider[KubernetesSettings]):
             return self._read_object_log(ref, place)
 
     def cancel(self, ref: JobRef) -> None:
-        """Suspends the Job: its pods get TERM, and save. Repeated when no pod is left, it deletes the Job."""
+        """Suspends the Job: its pods get TERM, and save. Repeated when its receipt is written, it deletes the Job.
+
+        One that ended by itself stays for its time to live: its pods are what tells how.
+        """
         with self._translated(ref.run_id):
             job = self._get_job(ref.native_id, ref.scope)
             if job is None:
@@ -117,13 +120,15 @@ class KubernetesProvider(Provider[KubernetesSettings]):
                     self._vanished(ref, self.objects(ref.output_uri))
             if job is None or job["metadata"].get("deletionTimestamp"):
                 return
+            objects = self.objects(ref.output_uri)
             if CANCELLED_AT in child(job, "metadata", "annotations") or is_over(job):
-                if not self._pods_alive(job, ref):
+                recorded = objects.get(AttemptLayout.RECEIPT) is not None
+                if may_be_removed(job, read_exit(objects), recorded=recorded) and not self._pods_alive(job, ref):
                     self._delete(ref)
                 return
-            self.objects(ref.output_uri).create(AttemptLayout.STOP, utc_now().isoformat().encode())
+            objects.create(AttemptLayout.STOP, utc_now().isoformat().encode())
             noted = {CANCELLED_AT: utc_now().isoformat(timespec="seconds")}
-            if began := find_start(self._look(job, self.objects(ref.output_uri))).since:
+            if began := find_start(self._look(job, objects)).since:
                 noted[STARTED_AT] = began.isoformat()
             body = {"metadata": {"annotations": noted}, "spec": {"suspend": True}}
             self._tolerate_missing("PATCH", self._job_path(ref.native_id, ref.scope), body=body, content_type=MERGE_PATCH)

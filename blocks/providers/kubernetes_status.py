@@ -220,6 +220,11 @@ def _look_running(native: Native, pod: Object) -> View:
     return View(state=POD_STATES[progress.phase], native="Running", message=progress.message)
 
 
+def may_be_removed(job: Object, ended: ExitRecord | None, *, recorded: bool) -> bool:
+    """Whether a Job may go before its time to live ends: one that was stopped as asked, when its receipt is in the record."""
+    return recorded and (CANCELLED_AT in child(job, "metadata", "annotations") or (ended is not None and ended.cancelled))
+
+
 # --- Times -----------------------------------------------------------------------------------------------
 
 

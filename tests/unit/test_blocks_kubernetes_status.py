@@ -16,7 +16,7 @@ from blocks.providers.kubernetes_causes import (
     explain_waiting,
 )
 from blocks.providers.kubernetes_request import CANCELLED_AT, INSTANCE, PRICE, STARTED_AT
-from blocks.providers.kubernetes_status import Native, find_start, parse_status, status_of_vanished
+from blocks.providers.kubernetes_status import Native, find_start, may_be_removed, parse_status, status_of_vanished
 from trainer.contract import ExitRecord, Phase, Progress
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
@@ -215,6 +215,16 @@ def test_a_removed_job_of_several_pods_cost_at_most_its_time_since_it_was_made()
     assert status is not None
     assert (status.started_at, status.cost_usd) == (EARLIER, 1.0)
     assert "at most" in status.message
+
+
+def test_only_a_job_that_was_stopped_is_removed_and_only_when_its_receipt_is_there() -> None:
+    by_itself = job(("Failed", "PodFailurePolicy"))
+    stopped = job(("Suspended", "JobSuspended"), suspend=True, cancelled=True)
+    for recorded in (False, True):
+        assert may_be_removed(stopped, None, recorded=recorded) is recorded
+        assert may_be_removed(by_itself, ExitRecord(exit_code=130, cancelled=True, started_at=EARLIER), recorded=recorded) is recorded
+        assert not may_be_removed(by_itself, None, recorded=recorded), "its pods tell why it failed, for as long as it is kept"
+        assert not may_be_removed(job(("Complete", "x")), ExitRecord(exit_code=0, started_at=EARLIER), recorded=recorded)
 
 
 SENTENCES = [
