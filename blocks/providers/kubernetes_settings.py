@@ -18,6 +18,10 @@ LABEL_VALUE = re.compile(r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$")
 LABEL_KEY = re.compile(r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 SECRET_NAME = re.compile(r"(?i)(secret|password|passwd|token|credential|private|(access|api|account|sas)_?key)")
+# A Job that goes as soon as it is over may be gone before a run has seen how it ended, which then counts as lost, and costs an attempt. A
+# flow looks every 33 s, every 330 s where the API server does not answer (`flows.watching.next_delay`); the one that goes on for a flow
+# that was killed comes within some three minutes (`flows.reconcile`).
+LEAST_KEEP_SECONDS = 600
 NAME = "kubernetes"
 OWN_PREFIX = "trainyard.io/"
 Platform = Literal["", "eks", "karpenter", "gke", "aks"]
@@ -119,7 +123,9 @@ class KubernetesSettings(UserInput):
         le=7 * 86_400,
         description="The same for a job that waits for what only a person mends: a missing image, secret or claim. 0: at once.",
     )
-    keep_seconds: int = Field(default=86_400, ge=0, le=30 * 86_400, description="A finished Job is removed after so many seconds.")
+    keep_seconds: int = Field(
+        default=86_400, ge=0, le=30 * 86_400, description="A finished Job is removed after so many seconds, 600 at least."
+    )
     pod_retries: int = Field(default=3, ge=0, le=20, description="New pods of a Job after failures that another machine may not have.")
 
     @field_validator("labels")

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from prefect.blocks.core import Block
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.settings import PREFECT_HOME, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 from pydantic import ValidationError
@@ -50,6 +52,8 @@ def test_fields_of_the_profile_are_the_settings_of_its_provider() -> None:
     assert settings.pod_patch == {"runtimeClassName": "nvidia"}
     with pytest.raises(ValidationError, match="cache_pvc"):
         KubernetesProfile(namespace="vision", enable_shared_cache=True)
+    with pytest.raises(ValidationError, match="keep_seconds"):
+        KubernetesProfile(namespace="vision", keep_seconds=0)
     with pytest.raises(ValidationError, match="namespace"):
         KubernetesProfile(namespace="Vision Team")
 
@@ -93,6 +97,7 @@ def test_a_profile_is_saved_from_a_file(tmp_path: Path) -> None:
     for text, name, told in (
         ("provider: kubernetes\nnamespace: Vision", "bad", "namespace"),
         ("provider: kubernetes\nnamespace: vision\nqueue: x", "bad", "queue_name"),
+        ("provider: kubernetes\nnamespace: vision\nkeep_seconds: 0", "bad", "keep_seconds: .*how it ended"),
         ("provider: kubernets", "bad", "kubernetes"),
         ("provider: local\nslots: 1", "from-file", "has the name"),
         ("provider: local\nslots: 1", "local", "no name for a profile"),
@@ -103,6 +108,17 @@ def test_a_profile_is_saved_from_a_file(tmp_path: Path) -> None:
         assert isinstance(refused.exception, ConfigError)
         assert re.search(told, refused.exception.message), refused.exception
         assert refused.exception.hint
+
+
+@pytest.mark.usefixtures("server")
+def test_a_saved_profile_that_does_not_fit_any_more_is_told_by_field() -> None:
+    KubernetesProfile(namespace="vision").save("older")  # type: ignore[unused-coroutine]
+    with get_client(sync_client=True) as client:
+        document = client.read_block_document_by_name("older", "trainyard-kubernetes")
+        client.update_block_document(document.id, BlockDocumentUpdate(data={"namespace": "vision", "keep_seconds": 0}))
+    with pytest.raises(ConfigError, match="'older' does not fit this version: keep_seconds: at least 600") as told:
+        load_profile("older")
+    assert "profile save" in told.value.hint
 
 
 @pytest.mark.usefixtures("server")
