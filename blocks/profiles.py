@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import httpx
@@ -28,7 +29,7 @@ from blocks.image_source import DEFAULT_PLATFORM
 from blocks.job import TrainRequest, WatchPolicy
 from blocks.outputs import default_output_uri
 from blocks.provider import Provider, describe_validation
-from blocks.providers.kubernetes_settings import LEAST_KEEP_SECONDS, KubernetesSettings
+from blocks.providers.kubernetes_settings import LEAST_KEEP_SECONDS, KubernetesSettings, is_pem
 from blocks.registry_login import Identity
 from trainer.errors import unknown_name_message
 from trainer.storage import is_bucket, to_uri
@@ -211,6 +212,12 @@ class KubernetesProfile(ImageFields, Profile, KubernetesSettings, Block):  # typ
     # Those of the settings are in no dump; a block's are, and are kept encrypted.
     kubeconfig: SecretStr = Field(default=SecretStr(""), description="Text of a kubeconfig: kubectl config view --raw --minify.")
     token: SecretStr = Field(default=SecretStr(""), description="Token for api_server.")
+
+    @field_validator("kubeconfig_path", "ca_certificate")
+    @classmethod
+    def _files_are_found_from_any_folder(cls, value: str) -> str:
+        """A worker is in another folder than the shell that saved the profile."""
+        return str(Path(value).expanduser().absolute()) if value and not is_pem(value) else value
 
     @field_validator("keep_seconds")
     @classmethod

@@ -21,7 +21,7 @@ from blocks.job import Capabilities, CheckReport, JobRef, JobSpec, JobStatus, Lo
 from blocks.naming import job_name
 from blocks.provider import AlreadyExists, Provider
 from blocks.providers.kubernetes_check import EXAMPLE_IMAGE, Check
-from blocks.providers.kubernetes_client import MERGE_PATCH, ApiError, Cluster, NoAnswer, made_elsewhere, translate
+from blocks.providers.kubernetes_client import MERGE_PATCH, ApiError, Cluster, NoAnswer, find_exposure, made_elsewhere, translate
 from blocks.providers.kubernetes_logs import LogCursor, place_in_log, pods_to_read, read_pod
 from blocks.providers.kubernetes_objects import Object, by_age, child, children, is_alive, is_over, word
 from blocks.providers.kubernetes_refs import SUBMISSION, Submission, build_ref, parse_ref, read_submission, refuse_stranger
@@ -149,8 +149,8 @@ class KubernetesProvider(Provider[KubernetesSettings]):
 
     def _warnings(self, spec: JobSpec) -> tuple[str, ...]:
         warnings: list[str] = []
-        if not self.settings.verify_ssl:
-            warnings.append("the API server's certificate is not checked (verify_ssl is off)")
+        if exposure := find_exposure(self.settings):
+            warnings.append(exposure)
         if self.settings.credentials.startswith("kubernetes-cluster-config/"):
             warnings.append(
                 "a KubernetesClusterConfig block keeps its tokens in a plain field; the profile's own kubeconfig field does not"

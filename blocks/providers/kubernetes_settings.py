@@ -191,6 +191,11 @@ class KubernetesSettings(UserInput):
         return self
 
 
+def is_pem(certificate: str) -> bool:
+    """Whether it is a certificate's text, not its path."""
+    return certificate.lstrip().startswith("-----BEGIN")
+
+
 def check_labels(value: dict[str, str], own: str = "") -> dict[str, str]:
     for key, text in value.items():
         if not LABEL_KEY.match(key) or (own and key.startswith((own, "app.kubernetes.io/managed-by", "batch.kubernetes.io/"))):

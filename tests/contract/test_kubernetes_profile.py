@@ -23,6 +23,7 @@ from blocks.providers.kubernetes_client import find_kubeconfig
 from blocks.providers.kubernetes_job import KubernetesProvider
 from blocks.providers.kubernetes_settings import KubernetesSettings
 from flows.cli import app
+from tests.unit.test_blocks_kubernetes_request import make_spec
 
 SECRET = "hunter2-very-secret"
 KUBECONFIG = {
@@ -58,6 +59,16 @@ def test_fields_of_the_profile_are_the_settings_of_its_provider() -> None:
         KubernetesProfile(namespace="Vision Team")
 
 
+def test_files_of_a_profile_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert KubernetesProfile(namespace="vision", kubeconfig_path="config").kubeconfig_path == str(tmp_path / "config")
+    assert KubernetesProfile(namespace="vision", kubeconfig_path="~/config").kubeconfig_path == str(tmp_path / "home/config")
+    pem = "-----BEGIN CERTIFICATE-----\nx"
+    for given, kept in (("ca.pem", str(tmp_path / "ca.pem")), ("/etc/ca.pem", "/etc/ca.pem"), (pem, pem), ("", "")):
+        assert KubernetesProfile(namespace="vision", ca_certificate=given).ca_certificate == kept
+
+
 @pytest.mark.usefixtures("server")
 def test_secrets_of_a_saved_profile_are_found_again_by_reference() -> None:
     KubernetesProfile(namespace="vision", api_server="https://cluster", token=SECRET).save("prod")  # type: ignore[arg-type, unused-coroutine]
@@ -81,6 +92,8 @@ def test_a_cluster_config_of_prefect_kubernetes_is_read_without_its_package(tmp_
     assert load_cluster_credentials("kubernetes-cluster-config/shared") == {"kubeconfig": KUBECONFIG, "context": "prod"}
     document, context = find_kubeconfig(KubernetesSettings(credentials="kubernetes-cluster-config/shared"))
     assert (document, context) == (KUBECONFIG, "prod")
+    provider = KubernetesProvider(KubernetesSettings(credentials="kubernetes-cluster-config/shared"))
+    assert ["plain field" in warning for warning in provider.plan(make_spec()).warnings] == [True]
 
 
 @pytest.mark.usefixtures("server")
