@@ -206,6 +206,7 @@ def run_attempt(
             output_endpoint=endpoint_of(record),
             image=image(),
             max_runtime_seconds=request.max_runtime_seconds,
+            max_attempts=request.max_attempts,
             max_cost_usd=request.max_cost_usd,
             owner=run.owner,
             project=request.project or "",

@@ -175,6 +175,17 @@ def test_price_is_the_class_own_or_that_of_its_machine() -> None:
         make_plan(settings, {"accelerator": "L4"}, max_cost_usd=0.5)
 
 
+def test_the_cost_at_worst_is_that_of_all_attempts() -> None:
+    chosen = {"instance_classes": GPU_CLASSES}, {"accelerator": "L4"}
+    plan = make_plan(*chosen, max_attempts=3)
+    assert plan.worst_case_usd == pytest.approx(3 * 0.85)
+    assert plan.fingerprint == make_plan(*chosen).fingerprint, "how often it may be tried changes no Job"
+    with pytest.raises(ConfigError, match=r"at worst this costs \$2\.55 \(3 attempts of 3600 s\)") as refused:
+        make_plan(*chosen, max_attempts=3, max_cost_usd=2.0)
+    assert "attempts" in refused.value.hint
+    make_plan(*chosen, max_attempts=2, max_cost_usd=2.0)
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
