@@ -14,8 +14,10 @@ from blocks.providers.kubernetes_patch import check_pod_patch
 from trainer.contract import UserInput
 
 Dns = Annotated[str, StringConstraints(pattern=r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)?$")]
-LABEL_VALUE = re.compile(r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$")
-LABEL_KEY = re.compile(r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")
+_WORD = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+_DNS_NAME = r"(?=[^/]{1,253}/)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+LABEL_VALUE = re.compile(rf"({_WORD})?\Z")
+LABEL_KEY = re.compile(rf"({_DNS_NAME}/)?{_WORD}\Z")  # so are taints and extended resources named, too
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 SECRET_NAME = re.compile(r"(?i)(secret|password|passwd|token|credential|private|(access|api|account|sas)_?key)")
 # A Job that goes as soon as it is over may be gone before a run has seen how it ended, which then counts as lost, and costs an attempt. A
@@ -34,6 +36,14 @@ class Toleration(UserInput):
     operator: Literal["Equal", "Exists"] = "Equal"
     value: str = ""
     effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
+
+    @model_validator(mode="after")
+    def _taint_is_named(self) -> Self:
+        if self.key and not LABEL_KEY.match(self.key):
+            raise ValueError(f"{self.key!r} is no key of a taint")
+        if not self.key and self.operator != "Exists":
+            raise ValueError("a toleration without a key stands every taint: that needs operator Exists")
+        return self
 
 
 # How each platform marks spot machines ("Managed node groups", "Karpenter: Scheduling", "Spot VMs" of GKE, "Spot node pool" of AKS).

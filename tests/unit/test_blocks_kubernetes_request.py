@@ -205,6 +205,10 @@ def test_the_cost_at_worst_is_that_of_all_attempts() -> None:
         ({"pod_patch": {"containers": [{"name": "trainer", "image": "x"}]}}, "image of the container"),
         ({"pod_patch": {"containers": [{"name": "trainer", "env": [{"name": "A", "value": "b"}]}]}}, "go to env"),
         ({"instance_classes": {"a": {"gpu_resource": "gpu"}}}, "extended resource"),
+        ({"instance_classes": {"a": {"gpu_resource": "nvidia..com/gpu"}}}, "extended resource"),
+        ({"instance_classes": {"a": {"gpu_resource": "nvidia.com/gpu\n"}}}, "extended resource"),
+        ({"instance_classes": {"a": {"tolerations": [{"key": "nvidia.com/gpu.", "operator": "Exists"}]}}}, "key of a taint"),
+        ({"instance_classes": {"a": {"tolerations": [{"value": "x"}]}}}, "operator Exists"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(settings: dict[str, Any], told: str) -> None:
