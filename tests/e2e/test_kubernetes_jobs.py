@@ -185,6 +185,8 @@ def test_a_job_that_time_or_a_hand_removed_is_never_made_again(jobs: Jobs) -> No
     for act in (by_hand.poll, by_hand.cancel):
         with pytest.raises(ConfigError, match=r"was made at https://other\.example:6443: that may be another cluster"):
             act(other)
+    ObjectFolder(ref.output_uri).put(AttemptLayout.EXIT, ExitRecord(exit_code=70, started_at=utc_now()).model_dump_json().encode())
+    assert by_hand.poll(other).state is JobState.FAILED, "what the record tells closes the run, wherever the Job was"
 
 
 def test_a_deleted_pod_is_followed_by_another_and_both_logs_are_read(jobs: Jobs) -> None:
@@ -284,6 +286,11 @@ def test_the_clusters_own_deadline_ends_a_job(jobs: Jobs) -> None:
     jobs.cluster.kubectl("patch", "job", ref.native_id, "--namespace", jobs.namespace, "--patch", patch)
     status = watch(provider, ref, ended)[-1]
     assert (status.state, status.reason, status.native_state) == (JobState.FAILED, FailureReason.TIMEOUT, "DeadlineExceeded")
+    wait_for("the pod is removed", lambda: not jobs.pods(ref), 30)
+    status = provider.poll(ref)
+    assert status.cost_usd is not None
+    assert status.cost_usd >= 0.02, "three seconds at a cent each, although no pod tells of them"
+    assert "at most" in status.message
 
 
 def test_all_that_a_pod_may_not_do_is_forbidden(jobs: Jobs) -> None:
