@@ -5,6 +5,7 @@ For the authors of providers: `Provider.objects` opens the folder, and each call
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from blocks.job import JobSpec, JobState, JobStatus, LogBatch
@@ -75,6 +76,12 @@ def read_progress(objects: ObjectFolder) -> Progress | None:
 def read_exit(objects: ObjectFolder) -> ExitRecord | None:
     data = objects.get(AttemptLayout.EXIT)
     return ExitRecord.model_validate_json(data) if data else None
+
+
+def count_containers(objects: ObjectFolder) -> int:
+    """How many containers have had the attempt, one after another; 0 where none has said so."""
+    data = objects.get(AttemptLayout.OWNER)
+    return int(json.loads(data).get("generation") or 0) if data else 0
 
 
 def read_log(objects: ObjectFolder, cursor: str, *, ended: bool) -> LogBatch:

@@ -67,8 +67,9 @@ def next_step_of(record: RunRecord, *, max_attempts: int, resume: bool = False) 
     outcomes = [record.outcome(attempt) for attempt in attempts]
     if not attempts and record.cancel_request(1) is not None:
         return Step(Action.DONE, 0, "it was cancelled before it was planned")
-    if outcomes and outcomes[-1] is not None and record.cancel_request(attempts[-1]) is not None and not resume:
-        return Step(Action.DONE, attempts[-1], "it was cancelled")
+    if outcomes and outcomes[-1] is not None and (asked := record.cancel_request(attempts[-1])) is not None and not resume:
+        by_a_limit = asked.reason is not None or asked.asked_by == DEADLINE  # which the outcome tells
+        return Step(Action.DONE, attempts[-1], "" if by_a_limit else "it was cancelled")
     return next_step(outcomes, max_attempts=max_attempts, resume=resume)
 
 

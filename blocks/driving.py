@@ -7,9 +7,9 @@ how `flows.reconcile` knows that a run wants somebody to go on with it. Two driv
 
 from __future__ import annotations
 
-import math
-import os
+import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -25,9 +25,12 @@ from blocks.record import RunRecord
 from trainer.contract import StoredRecord, TrainerError, utc_now
 from trainer.storage import is_bucket
 
+log = logging.getLogger("trainyard.driving")
+
 DRIVERS = "drivers"
 DRIVEN = ".driven"  # beside the runs of a bucket: a name for each run that has drivers
 BEAT_SECONDS = 20.0
+LAST_BEAT_SECONDS = 5.0
 # For a driver on another machine, whose process cannot be looked at.
 SILENCE_ALLOWED = timedelta(seconds=120)
 
@@ -91,31 +94,54 @@ def _driven_in(output: Output) -> list[RunRecord]:
 
 
 class Heartbeat:
-    """Says that this process works on the run; called at every observation, it writes now and then."""
+    """Says that this process works on the run."""
 
     def __init__(self, record: RunRecord, flow_run_id: str, *, deployed: bool) -> None:
         self.record = record
         self.flow_run_id = flow_run_id
         self.deployed = deployed
-        self.written_at = -math.inf
         self.keep = False  # something is left to do for the run, though this process is through with it
+        self._process = psutil.Process()
+        self._due_at = time.monotonic() + BEAT_SECONDS
 
-    def __call__(self) -> bool:
-        """Whether it was time to write."""
-        now = time.monotonic()
-        if now - self.written_at < BEAT_SECONDS:
-            return False
-        process = psutil.Process()
+    def beat(self) -> None:
         driver = Driver(
             flow_run_id=self.flow_run_id,
             deployed=self.deployed,
             host=socket.gethostname(),
-            pid=os.getpid(),
-            pid_created_at=process.create_time(),
+            pid=self._process.pid,
+            pid_created_at=self._process.create_time(),
         )
         _write(self.record, driver)
-        self.written_at = now
+
+    def is_due(self) -> bool:
+        """Whether it is time for what a watcher does beside watching, as often as the heart beats."""
+        now = time.monotonic()
+        if now < self._due_at:
+            return False
+        self._due_at = now + BEAT_SECONDS
         return True
+
+    @contextmanager
+    def beating(self) -> Generator[None]:
+        """In a thread of its own, as what a flow does may take long and tell nothing: reading a dataset, staging it, building an image."""
+        ended = threading.Event()
+
+        def go_on() -> None:
+            while not ended.wait(BEAT_SECONDS):
+                try:
+                    self.beat()
+                except Exception as exc:  # the flow itself meets it too, and knows what to do
+                    log.info("run %s: no heartbeat: %s: %s", self.record.run_id, type(exc).__name__, exc)
+
+        thread = threading.Thread(target=go_on, name=f"heartbeat of {self.record.run_id}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            # A beat that a slow store holds up longer may be written when the driver is gone; `flows.reconcile` clears it away.
+            thread.join(LAST_BEAT_SECONDS)
 
 
 @contextmanager
@@ -126,17 +152,18 @@ def driving(record: RunRecord, flow_run_id: str, *, deployed: bool, max_attempts
     the provider while the run is open: somebody else may go on.
     """
     remember_output(record.output_uri, record.access)
-    beat = Heartbeat(record, flow_run_id, deployed=deployed)
-    beat()
+    heart = Heartbeat(record, flow_run_id, deployed=deployed)
+    heart.beat()
     try:
-        yield beat
+        with heart.beating():
+            yield heart
     except Exception as exc:
         if isinstance(exc, TrainerError) and is_transient(exc):
             raise  # of the record's own store, which cannot be asked now
         over = not record.exists() or next_step_of(record, max_attempts=max_attempts).action is Action.DONE
-        if over and not beat.keep:
+        if over and not heart.keep:
             forget(record, flow_run_id)
         raise
     else:
-        if not beat.keep:
+        if not heart.keep:
             forget(record, flow_run_id)

@@ -96,7 +96,7 @@ class TrainRequest(UserInput):
         "Run time, at most (seconds)", "The job is stopped after this many seconds; 86400 is a day.", default=86_400, ge=60, le=28 * 86_400
     )
     max_cost_usd: float | None = form_field(
-        "Cost, at most (US$)", "A plan that could cost more US dollars is refused. Empty: no limit.", default=None, gt=0
+        "Cost, at most (US$)", "A plan whose attempts could cost more US dollars in all is refused. Empty: no limit.", default=None, gt=0
     )
     max_attempts: int = form_field("Attempts, at most", "Attempts in all when machines are taken away or break.", default=3, ge=1, le=10)
     stage: bool = form_field("Stage", "Bring a folder to the store first, as for a cloud. Off: it is read in place.", default=False)
@@ -134,6 +134,7 @@ class JobSpec(UserInput):
     image: str | None = Field(default=None, description="Container image by digest; None for a draft, or where no container runs.")
     secrets: dict[str, str] = Field(default_factory=dict, description="Name to reference in the provider's secret store; never a value.")
     max_runtime_seconds: int
+    max_attempts: int = Field(default=1, ge=1, description="That the run may use in all; they change its cost at worst, and no job.")
     max_cost_usd: float | None = None
     owner: str = ""
     project: str = ""
@@ -183,7 +184,7 @@ class Plan(StoredRecord):
     region: str
     request: dict[str, JsonValue]
     price: Price | None = None
-    worst_case_usd: float | None = Field(default=None, description="Price times nodes times the maximum run time.")
+    worst_case_usd: float | None = Field(default=None, description="Price x nodes x maximum run time x attempts; no waits.")
     fingerprint: str
     warnings: tuple[str, ...] = ()
 

@@ -10,13 +10,14 @@ import importlib
 import os
 import re
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import httpx
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from blocks import load_provider
 from blocks.credentials import AccessRef
@@ -28,7 +29,7 @@ from blocks.image_source import DEFAULT_PLATFORM
 from blocks.job import TrainRequest, WatchPolicy
 from blocks.outputs import default_output_uri
 from blocks.provider import Provider, describe_validation
-from blocks.providers.kubernetes_settings import KubernetesSettings
+from blocks.providers.kubernetes_settings import LEAST_KEEP_SECONDS, KubernetesSettings, is_pem
 from blocks.registry_login import Identity
 from trainer.errors import unknown_name_message
 from trainer.storage import is_bucket, to_uri
@@ -212,6 +213,20 @@ class KubernetesProfile(ImageFields, Profile, KubernetesSettings, Block):  # typ
     kubeconfig: SecretStr = Field(default=SecretStr(""), description="Text of a kubeconfig: kubectl config view --raw --minify.")
     token: SecretStr = Field(default=SecretStr(""), description="Token for api_server.")
 
+    @field_validator("kubeconfig_path", "ca_certificate")
+    @classmethod
+    def _files_are_found_from_any_folder(cls, value: str) -> str:
+        """A worker is in another folder than the shell that saved the profile."""
+        return str(Path(value).expanduser().absolute()) if value and not is_pem(value) else value
+
+    @field_validator("keep_seconds")
+    @classmethod
+    def _end_can_be_seen(cls, value: int) -> int:
+        if value < LEAST_KEEP_SECONDS:  # of the profile alone: the record of a run that goes on may have less
+            why = "a Job that is removed sooner may be gone before its run has seen how it ended, and an attempt is lost"
+            raise ValueError(f"at least {LEAST_KEEP_SECONDS}: {why}")
+        return value
+
     def provider(self) -> Provider[Any]:
         settings = {name: getattr(self, name) for name in KubernetesSettings.model_fields}
         document: str | None = getattr(self, "_block_document_name", None)
@@ -305,8 +320,11 @@ def _is_saved(name: str, kind: str) -> bool:
     return True
 
 
+SAVE_AGAIN = "`trainyard profile save`, or the Prefect UI under Blocks"
+
+
 def load_profile(name: str) -> Profile:
-    """The profile saved under `name`, of whichever provider. Raises ConfigError where there is none."""
+    """The profile saved under `name`, of whichever provider. Raises ConfigError where there is none, or one that does not fit."""
     if name == "local":
         return LocalProfile(slots=1)
     for kind in PROFILES:
@@ -314,6 +332,11 @@ def load_profile(name: str) -> Profile:
             loaded = kind.load(name)
         except ValueError:
             continue
+        except RuntimeError as exc:
+            if not isinstance(exc.__cause__, ValidationError):
+                raise
+            told = describe_validation(exc.__cause__)
+            raise ConfigError(f"the profile {name!r} does not fit this version: {told}", hint=f"save it again: {SAVE_AGAIN}") from exc
         return asyncio.run(loaded) if asyncio.iscoroutine(loaded) else loaded  # type: ignore[arg-type]
     raise ConfigError(
         f"no profile is saved under the name {name!r}",

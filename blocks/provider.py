@@ -115,13 +115,14 @@ class Provider(ABC, Generic[Settings]):
         self.require_valid(spec)
         request, instance_type, region = self._build(spec)
         price = self._price(spec, instance_type, region)
-        worst_case = cost_usd(price, spec.resources.nodes, spec.max_runtime_seconds)
+        worst_case = cost_usd(price, spec.resources.nodes, spec.max_runtime_seconds * spec.max_attempts)
         if spec.max_cost_usd is not None and worst_case is not None and worst_case > spec.max_cost_usd:
+            attempts = f"{spec.max_attempts} attempts of {spec.max_runtime_seconds} s"
             raise ConfigError(
-                f"at worst this costs ${worst_case:.2f}, over the limit of ${spec.max_cost_usd:.2f}",
+                f"at worst this costs ${worst_case:.2f} ({attempts}), over the limit of ${spec.max_cost_usd:.2f}",
                 provider=self.NAME,
                 run_id=spec.run_id,
-                hint="lower the maximum run time, choose a cheaper machine, or raise the limit",
+                hint="lower the maximum run time or the attempts, choose a cheaper machine, or raise the limit",
             )
         return Plan(
             provider=self.NAME,

@@ -72,7 +72,7 @@ def plan(dataset: str, server: bool, emit: bool, as_json: bool, **options: Any) 
     """Show what a training on DATASET would send, where and at what cost. Starts nothing; without --server, sends nothing."""
     from flows import prefect_settings
     from flows.drafting import ask_server, describe_draft_dataset, draft_plan
-    from flows.reporting_text import format_cost, format_seconds
+    from flows.reporting_text import describe_worst_case
 
     prefect_settings.apply_defaults()  # a profile is read from the server that the other commands use
     draft = draft_plan(build_request(dataset, options))
@@ -87,9 +87,7 @@ def plan(dataset: str, server: bool, emit: bool, as_json: bool, **options: Any) 
         click.echo(f"dataset   {describe_draft_dataset(draft.dataset, drafted.spec.dataset)}")
         click.echo(f"provider  {drafted.provider}, {drafted.instance_type}, {drafted.region}")
         price = f"${drafted.price.usd_per_hour}/h ({drafted.price.source}, {drafted.price.as_of})" if drafted.price else "unknown"
-        click.echo(
-            f"price     {price}; at worst {format_cost(drafted.worst_case_usd)} in {format_seconds(drafted.spec.max_runtime_seconds)}"
-        )
+        click.echo(f"price     {price}; {describe_worst_case(drafted)}")
         click.echo(f"request   {canonical_json(drafted.request)[:300]} ...  (--emit shows all)")
         for warning in drafted.warnings:
             click.echo(f"warning   {warning}")

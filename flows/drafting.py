@@ -100,6 +100,7 @@ def draft_spec(
         output_uri=output_uri,
         output_endpoint=access.endpoint if access else None,
         max_runtime_seconds=request.max_runtime_seconds,
+        max_attempts=request.max_attempts,
         max_cost_usd=request.max_cost_usd,
         project=request.project or "",
         cost_centre=request.cost_centre or "",

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from blocks.job import JobStatus, Result, seconds_between
+from blocks.job import JobStatus, Plan, Result, seconds_between
 from blocks.record import RunFile, RunRecord
 from flows.staging_text import format_seconds
 from trainer.contract import METRIC_NAMES, AttemptLayout, DatasetRef, Progress
@@ -293,6 +293,17 @@ def source_lines(source: DatasetRef) -> list[str]:
     root = "" if source.root.startswith(f"{source.store_uri}#") else f", from `{place(source.root)}`"
     fetch = f"uv run trainyard dataset fetch {source.version[:12]} --store {shlex.quote(store)} --to FOLDER"
     return [f"- version `{source.version}` in the store `{store}`{at}{root}", f"- fetch it: `{fetch}`"]
+
+
+def describe_worst_case(plan: Plan) -> str:
+    """What a run may cost, and what that covers."""
+    cost = f"at worst {format_cost(plan.worst_case_usd)}"
+    if not plan.worst_case_usd:
+        return cost
+    count = plan.spec.max_attempts
+    attempts = "one attempt" if count == 1 else f"{count} attempts"
+    waits = "a wait for machines, which costs nothing where they are paid for in use, is not in it"
+    return f"{cost} for {attempts} of {format_seconds(plan.spec.max_runtime_seconds)}; {waits}"
 
 
 def format_cost(usd: float | None) -> str:

@@ -120,9 +120,9 @@ def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Pr
     if run_key and record.exists() and record.run().flow_run_id != flow_run_id:
         job_tasks.require_same_dataset(record, request)
     deployed = deployment.id is not None
-    with driving(record, flow_run_id, deployed=deployed, max_attempts=max_attempts) as beat:
+    with driving(record, flow_run_id, deployed=deployed, max_attempts=max_attempts) as heart:
         try:
-            run, result = go_through(saved, record, request, flow_run_id, beat, resume=resume)
+            run, result = go_through(saved, record, request, flow_run_id, heart, resume=resume)
         except TerminationSignal:
             stop_if_cancelled(record, flow_run_id)
             raise
@@ -144,7 +144,7 @@ def end_as_cancelled(message: str) -> State[Any]:
 
 
 def go_through(
-    profile: Profile, record: RunRecord, request: TrainRequest, flow_run_id: str, beat: Heartbeat, *, resume: bool
+    profile: Profile, record: RunRecord, request: TrainRequest, flow_run_id: str, heart: Heartbeat, *, resume: bool
 ) -> tuple[RunFile, Result]:
     """From whatever the record holds to the result."""
     provider = profile.provider()
@@ -164,7 +164,7 @@ def go_through(
         return image or image_tasks.image_of_run(profile, provider, record)
 
     def on_status(status: JobStatus) -> None:
-        if beat():
+        if heart.is_due():
             tell_news(record, run, get_run_logger())  # that it stalled, say
         listener(record, status)
 
@@ -177,9 +177,9 @@ def go_through(
         result = result_of(record, step)
         reporting.publish_report(record, run, result, get_run_logger())
     except Exception:
-        beat.keep = not tell_news(record, run, get_run_logger())
+        heart.keep = not tell_news(record, run, get_run_logger())
         raise
-    beat.keep = not tell_news(record, run, get_run_logger())
+    heart.keep = not tell_news(record, run, get_run_logger())
     return run, result
 
 
@@ -206,6 +206,7 @@ def run_attempt(
             output_endpoint=endpoint_of(record),
             image=image(),
             max_runtime_seconds=request.max_runtime_seconds,
+            max_attempts=request.max_attempts,
             max_cost_usd=request.max_cost_usd,
             owner=run.owner,
             project=request.project or "",

@@ -18,15 +18,17 @@ from uuid import uuid4
 import pytest
 import yaml
 
-from blocks.job import JobRef, JobSpec, JobStatus
+from blocks.job import JobRef, JobSpec, JobState, JobStatus
 from blocks.providers.kubernetes_job import KubernetesProvider
 from blocks.providers.kubernetes_settings import KubernetesSettings
+from blocks.record import Receipt
 from tests.cluster import images, node
 from tests.cluster.cluster import Cluster
 from tests.images import trainer_labels
 from tests.stack import REPOSITORY
 from tests.stores import StoreServer, new_store
-from trainer.contract import CONTRACT_VERSION, DatasetRef, TrainConfig
+from trainer.contract import CONTRACT_VERSION, AttemptLayout, DatasetRef, TrainConfig, utc_now
+from trainer.storage import ObjectFolder
 
 SCRIPT_IMAGE = "trainyard.test/script"
 # The trainer's arguments follow, as they would its image's entry point.
@@ -191,6 +193,12 @@ def watch(
 
 def ended(status: JobStatus) -> bool:
     return status.state.is_terminal
+
+
+def write_receipt(ref: JobRef) -> None:
+    """As a run does when what it stopped is over."""
+    receipt = Receipt(asked_by="tester", asked_at=utc_now(), state=JobState.CANCELLED, native_id=ref.native_id, ended_at=utc_now())
+    ObjectFolder(ref.output_uri).put(AttemptLayout.RECEIPT, receipt.model_dump_json().encode())
 
 
 @contextmanager

@@ -70,9 +70,9 @@ class Check:
         return CheckLine(name="identity", ok=True, message=word(answer, "status", "userInfo", "username"))
 
     def _tls(self) -> Iterator[CheckLine]:
-        if not self.cluster.verifies:
-            message = "the server's certificate is NOT checked: whoever sits between can read the token and change what is sent"
-            yield CheckLine(name="tls", ok=True, message=message, fix="turn verify_ssl on, and give ca_certificate")
+        if exposure := self.cluster.exposure:
+            fix = "turn verify_ssl on and give ca_certificate, or mend the kubeconfig: https, and no insecure-skip-tls-verify"
+            yield CheckLine(name="tls", ok=True, message=exposure, fix=fix)
 
     def _rights(self) -> Iterator[CheckLine]:
         missing: list[str] = []

@@ -25,9 +25,11 @@ from blocks.errors import (
     QuotaError,
     RateLimited,
     ServiceUnavailable,
+    TrainyardError,
 )
 from blocks.job import JobRef
-from blocks.providers.kubernetes_settings import KubernetesSettings
+from blocks.providers.kubernetes_objects import Object, child, children, word
+from blocks.providers.kubernetes_settings import KubernetesSettings, is_pem
 
 TIMEOUT_SECONDS = (5.0, 20.0)  # to connect, and between two reads
 MERGE_PATCH = "application/merge-patch+json"
@@ -76,8 +78,9 @@ class Cluster:
         return str(self._open().configuration.host)
 
     @property
-    def verifies(self) -> bool:
-        return bool(self._open().configuration.verify_ssl)
+    def exposure(self) -> str:
+        configuration = self._open().configuration
+        return describe_exposure(str(configuration.host), verifies=bool(configuration.verify_ssl))
 
     def call(self, method: str, path: str, *, body: Any = None, query: Mapping[str, str] | None = None, content_type: str = "") -> Any:
         """The answer's JSON. Raises ApiError, NoAnswer, BadCredentials."""
@@ -122,8 +125,8 @@ class Cluster:
                 raise
             except Exception as exc:  # the loaders raise whatever a malformed file makes of them
                 raise BadCredentials(describe_cause(exc)) from None  # a traceback would tell what the text does not
-            if not self._client.configuration.verify_ssl:
-                log.warning("%s: the server's certificate is not checked; whoever sits between can read the token", self.host)
+            if exposure := self.exposure:
+                log.warning(exposure)
         return self._client
 
 
@@ -205,9 +208,38 @@ def find_kubeconfig(settings: KubernetesSettings) -> tuple[dict[str, Any] | None
     return None, context
 
 
+def describe_exposure(host: str, *, verifies: bool) -> str:
+    """What whoever sits between this machine and the API server could do; empty where TLS keeps them out."""
+    could = "whoever sits between can read the token and change what is sent"
+    if host.startswith("http://"):
+        return f"{host} is asked without TLS: {could}"
+    return "" if verifies else f"{host or 'the API server'}: the server's certificate is not checked: {could}"
+
+
+def find_exposure(settings: KubernetesSettings) -> str:
+    """As `Cluster.exposure`, from what the settings name, without logging in. Malformed settings tell nothing: who opens them says why."""
+    import yaml
+
+    cluster = Object()
+    try:
+        document, context = find_kubeconfig(settings)
+        if document is None and (path := kubeconfig_path(settings)) is not None:
+            document = yaml.safe_load(path.read_bytes())
+        cluster = _cluster_of(cast("Object", document), context) if isinstance(document, dict) else cluster
+    except (TrainyardError, yaml.YAMLError, OSError) as exc:
+        log.debug("nothing is known of the cluster's TLS: %s", type(exc).__name__)
+    return describe_exposure(word(cluster, "server"), verifies=settings.verify_ssl and not cluster.get("insecure-skip-tls-verify"))
+
+
+def _cluster_of(kubeconfig: Object, context: str | None) -> Object:
+    name = context or word(kubeconfig, "current-context")
+    chosen = next((word(entry, "context", "cluster") for entry in children(kubeconfig, "contexts") if entry.get("name") == name), "")
+    return next((child(entry, "cluster") for entry in children(kubeconfig, "clusters") if entry.get("name") == chosen), Object())
+
+
 def build_kubeconfig(settings: KubernetesSettings, token: str) -> dict[str, Any]:
     cluster: dict[str, Any] = {"server": settings.api_server.rstrip("/"), "insecure-skip-tls-verify": not settings.verify_ssl}
-    if settings.ca_certificate.lstrip().startswith("-----BEGIN"):
+    if is_pem(settings.ca_certificate):
         import base64
 
         cluster["certificate-authority-data"] = base64.b64encode(settings.ca_certificate.encode()).decode()

@@ -2,58 +2,44 @@
 
 Idempotency: the Job's name, `ty-<run>-<attempt>`. Before it is created, a note in the attempt's folder says so; a Job that is no
 longer there although the note is old, or although the trainer has written, was removed (by its time to live, or by hand) and is
-never created again. Cancel suspends the Job, and deletes it once no pod is left.
+never created again. Cancel suspends the Job, and deletes it once no pod is left and the record tells of its end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from datetime import datetime
 from functools import cached_property
 from typing import Any, ClassVar, cast
 from urllib.parse import quote
 
-from pydantic import AwareDatetime, JsonValue
+from pydantic import JsonValue
 
-from blocks.attempt_objects import read_exit, read_log, read_progress, write_job
+from blocks.attempt_objects import count_containers, read_exit, read_log, read_progress, write_job
 from blocks.errors import ConfigError, JobNotFound, ProviderError
 from blocks.job import Capabilities, CheckReport, JobRef, JobSpec, JobStatus, LogBatch, Plan, Price, Problem, Waiting, seconds_between
 from blocks.naming import job_name
 from blocks.provider import AlreadyExists, Provider
 from blocks.providers.kubernetes_check import EXAMPLE_IMAGE, Check
-from blocks.providers.kubernetes_client import MERGE_PATCH, ApiError, Cluster, NoAnswer, made_elsewhere, translate
+from blocks.providers.kubernetes_client import MERGE_PATCH, ApiError, Cluster, NoAnswer, find_exposure, made_elsewhere, translate
 from blocks.providers.kubernetes_logs import LogCursor, place_in_log, pods_to_read, read_pod
-from blocks.providers.kubernetes_objects import Object, by_age, child, children, is_alive, is_over, time_at, word
+from blocks.providers.kubernetes_objects import Object, by_age, child, children, is_alive, is_over, word
+from blocks.providers.kubernetes_refs import SUBMISSION, Submission, build_ref, parse_ref, read_submission, refuse_stranger
 from blocks.providers.kubernetes_request import (
     CANCELLED_AT,
-    FINGERPRINT,
-    OUTPUT,
     STARTED_AT,
     build_request,
     set_image,
     with_fingerprint,
     without_volatile,
 )
-from blocks.providers.kubernetes_settings import NAME, OWN_PREFIX, KubernetesSettings, find_price
-from blocks.providers.kubernetes_status import Native, first_start, parse_status, status_of_vanished
+from blocks.providers.kubernetes_settings import NAME, KubernetesSettings, find_price
+from blocks.providers.kubernetes_status import Native, find_start, may_be_removed, parse_status, status_of_vanished
 from blocks.store_check import check_store
-from trainer.contract import AttemptLayout, StoredRecord, TrainJob, UserInput, utc_now
+from trainer.contract import AttemptLayout, TrainJob, UserInput, utc_now
 from trainer.storage import ObjectFolder
 
-SUBMISSION = "submission.json"
 PAGE = "500"
-
-
-class Submission(StoredRecord):
-    """``submission.json`` of an attempt: a Job of this name is about to be created, once."""
-
-    name: str
-    namespace: str
-    fingerprint: str
-    keep_seconds: int
-    usd_per_hour: float | None = None
-    created_at: AwareDatetime
 
 
 class KubernetesProvider(Provider[KubernetesSettings]):
@@ -123,7 +109,10 @@ class KubernetesProvider(Provider[KubernetesSettings]):
             return self._read_object_log(ref, place)
 
     def cancel(self, ref: JobRef) -> None:
-        """Suspends the Job: its pods get TERM, and save. Repeated when no pod is left, it deletes the Job."""
+        """Suspends the Job: its pods get TERM, and save. Repeated when its receipt is written, it deletes the Job.
+
+        One that ended by itself stays for its time to live: its pods are what tells how.
+        """
         with self._translated(ref.run_id):
             job = self._get_job(ref.native_id, ref.scope)
             if job is None:
@@ -131,13 +120,15 @@ class KubernetesProvider(Provider[KubernetesSettings]):
                     self._vanished(ref, self.objects(ref.output_uri))
             if job is None or job["metadata"].get("deletionTimestamp"):
                 return
+            objects = self.objects(ref.output_uri)
             if CANCELLED_AT in child(job, "metadata", "annotations") or is_over(job):
-                if not self._pods_alive(job, ref):
+                recorded = objects.get(AttemptLayout.RECEIPT) is not None
+                if may_be_removed(job, read_exit(objects), recorded=recorded) and not self._pods_alive(job, ref):
                     self._delete(ref)
                 return
-            self.objects(ref.output_uri).create(AttemptLayout.STOP, utc_now().isoformat().encode())
+            objects.create(AttemptLayout.STOP, utc_now().isoformat().encode())
             noted = {CANCELLED_AT: utc_now().isoformat(timespec="seconds")}
-            if began := first_start(self._pods(ref.native_id, ref.scope)):
+            if began := find_start(self._look(job, objects)).since:
                 noted[STARTED_AT] = began.isoformat()
             body = {"metadata": {"annotations": noted}, "spec": {"suspend": True}}
             self._tolerate_missing("PATCH", self._job_path(ref.native_id, ref.scope), body=body, content_type=MERGE_PATCH)
@@ -158,8 +149,8 @@ class KubernetesProvider(Provider[KubernetesSettings]):
 
     def _warnings(self, spec: JobSpec) -> tuple[str, ...]:
         warnings: list[str] = []
-        if not self.settings.verify_ssl:
-            warnings.append("the API server's certificate is not checked (verify_ssl is off)")
+        if exposure := find_exposure(self.settings):
+            warnings.append(exposure)
         if self.settings.credentials.startswith("kubernetes-cluster-config/"):
             warnings.append(
                 "a KubernetesClusterConfig block keeps its tokens in a plain field; the profile's own kubeconfig field does not"
@@ -189,8 +180,8 @@ class KubernetesProvider(Provider[KubernetesSettings]):
             job = self._get_job(name, namespace)  # what was seen of it may be of one that another submitter has just made
             if job is None:
                 known = note.fingerprint, note.created_at
-                return _ref(spec.run_id, spec.attempt, name, namespace, spec.attempt_uri, *known, self.cluster.host)
-        return parse_ref(job, self.cluster.host) or _stranger(job)
+                return build_ref(spec.run_id, spec.attempt, name, namespace, spec.attempt_uri, *known, self.cluster.host)
+        return parse_ref(job, self.cluster.host) or refuse_stranger(job)
 
     def _create(self, plan: Plan) -> JobRef:
         self._write_note(plan)
@@ -204,7 +195,7 @@ class KubernetesProvider(Provider[KubernetesSettings]):
             if exc.unsent:
                 raise
             raise AlreadyExists(f"the API server's answer was lost ({exc})") from exc
-        return parse_ref(job, self.cluster.host) or _stranger(job)
+        return parse_ref(job, self.cluster.host) or refuse_stranger(job)
 
     def _write_note(self, plan: Plan) -> None:
         """The config that the Job's container reads, and the word that a Job is about to be created."""
@@ -299,6 +290,7 @@ class KubernetesProvider(Provider[KubernetesSettings]):
             read_progress(objects),
             stopped=objects.get(AttemptLayout.STOP) is not None,
             price=note.usd_per_hour if note is not None else None,
+            made_at=note.created_at if note is not None and count_containers(objects) > 1 else None,
         )
         if status is None and not ref.console_url.startswith(f"{self.cluster.host}/"):
             raise made_elsewhere(ref, self.cluster.host)
@@ -359,41 +351,3 @@ class KubernetesProvider(Provider[KubernetesSettings]):
 
 MANAGED = "app.kubernetes.io/managed-by=trainyard"
 STRICT = {"fieldValidation": "Strict"}
-
-
-# --- Pure ----------------------------------------------------------------------------------------------
-
-
-def parse_ref(job: Object, host: str) -> JobRef | None:
-    """Where a Job of ours is; None for another's."""
-    metadata = job["metadata"]
-    annotations = child(metadata, "annotations")
-    run_id, attempt = (word(metadata, "labels", f"{OWN_PREFIX}{name}") for name in ("run-id", "attempt"))
-    if not (run_id and attempt and OUTPUT in annotations and FINGERPRINT in annotations):
-        return None
-    created = time_at(metadata, "creationTimestamp") or utc_now()
-    return _ref(run_id, int(attempt), metadata["name"], metadata["namespace"], annotations[OUTPUT], annotations[FINGERPRINT], created, host)
-
-
-def _ref(run_id: str, attempt: int, name: str, namespace: str, output_uri: str, fingerprint: str, created: datetime, host: str) -> JobRef:
-    return JobRef(
-        provider=NAME,
-        native_id=name,
-        run_id=run_id,
-        attempt=attempt,
-        scope=namespace,
-        output_uri=output_uri,
-        fingerprint=fingerprint,
-        submitted_at=created,
-        console_url=f"{host}/apis/batch/v1/namespaces/{namespace}/jobs/{name}",
-    )
-
-
-def _stranger(job: Object) -> JobRef:
-    name = job["metadata"]["name"]
-    raise ConfigError(f"a Job {name} is there that Trainyard has not made", hint=f"kubectl delete job {name}, if nobody needs it")
-
-
-def read_submission(objects: ObjectFolder) -> Submission | None:
-    data = objects.get(SUBMISSION)
-    return Submission.model_validate_json(data) if data else None

@@ -14,10 +14,16 @@ from blocks.providers.kubernetes_patch import check_pod_patch
 from trainer.contract import UserInput
 
 Dns = Annotated[str, StringConstraints(pattern=r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)?$")]
-LABEL_VALUE = re.compile(r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$")
-LABEL_KEY = re.compile(r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")
+_WORD = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+_DNS_NAME = r"(?=[^/]{1,253}/)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+LABEL_VALUE = re.compile(rf"({_WORD})?\Z")
+LABEL_KEY = re.compile(rf"({_DNS_NAME}/)?{_WORD}\Z")  # so are taints and extended resources named, too
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 SECRET_NAME = re.compile(r"(?i)(secret|password|passwd|token|credential|private|(access|api|account|sas)_?key)")
+# A Job that goes as soon as it is over may be gone before a run has seen how it ended, which then counts as lost, and costs an attempt. A
+# flow looks every 33 s, every 330 s where the API server does not answer (`flows.watching.next_delay`); the one that goes on for a flow
+# that was killed comes within some three minutes (`flows.reconcile`).
+LEAST_KEEP_SECONDS = 600
 NAME = "kubernetes"
 OWN_PREFIX = "trainyard.io/"
 Platform = Literal["", "eks", "karpenter", "gke", "aks"]
@@ -30,6 +36,14 @@ class Toleration(UserInput):
     operator: Literal["Equal", "Exists"] = "Equal"
     value: str = ""
     effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
+
+    @model_validator(mode="after")
+    def _taint_is_named(self) -> Self:
+        if self.key and not LABEL_KEY.match(self.key):
+            raise ValueError(f"{self.key!r} is no key of a taint")
+        if not self.key and self.operator != "Exists":
+            raise ValueError("a toleration without a key stands every taint: that needs operator Exists")
+        return self
 
 
 # How each platform marks spot machines ("Managed node groups", "Karpenter: Scheduling", "Spot VMs" of GKE, "Spot node pool" of AKS).
@@ -119,7 +133,9 @@ class KubernetesSettings(UserInput):
         le=7 * 86_400,
         description="The same for a job that waits for what only a person mends: a missing image, secret or claim. 0: at once.",
     )
-    keep_seconds: int = Field(default=86_400, ge=0, le=30 * 86_400, description="A finished Job is removed after so many seconds.")
+    keep_seconds: int = Field(
+        default=86_400, ge=0, le=30 * 86_400, description="A finished Job is removed after so many seconds, 600 at least."
+    )
     pod_retries: int = Field(default=3, ge=0, le=20, description="New pods of a Job after failures that another machine may not have.")
 
     @field_validator("labels")
@@ -183,6 +199,11 @@ class KubernetesSettings(UserInput):
         if self.enable_shared_cache and not self.cache_pvc:
             raise ValueError("enable_shared_cache needs cache_pvc, the claim to keep datasets on")
         return self
+
+
+def is_pem(certificate: str) -> bool:
+    """Whether it is a certificate's text, not its path."""
+    return certificate.lstrip().startswith("-----BEGIN")
 
 
 def check_labels(value: dict[str, str], own: str = "") -> dict[str, str]:

@@ -68,26 +68,29 @@ class View(BaseModel):
 
 def parse_status(native: Native) -> JobStatus:
     view = look(native)
-    started, ended = find_times(native, terminal=view.state.is_terminal)
+    over = view.state.is_terminal
+    start, ended = find_start(native), find_end(native) if over else None
     annotations = child(native.job, "metadata", "annotations")
     price = word(annotations, PRICE)
-    record = native.ended if view.state.is_terminal else None
+    record = native.ended if over else None
     # The trainer's own word says more than the platform's, where both tell the same end.
     tells = record is not None and record.exit_code != 0 and view.state is JobState.FAILED and _agrees(record, view.cause)
     cause = Cause(record.reason or FailureReason.UNKNOWN, record.message, record.hint) if record is not None and tells else view.cause
+    message = cause.message if cause is not None else view.message
+    seconds = seconds_between(start.since, ended or native.now) if start.since is not None else 0
     return JobStatus(
         state=view.state,
         native_state=view.native,
         reason=cause.reason if cause is not None else None,
-        message=cause.message if cause is not None else view.message,
+        message=add_bound(message) if over and start.at_most else message,
         hint=cause.hint if cause is not None else "",
         waiting=find_wait(view),
         exit_code=record.exit_code if record is not None else None,
         restarts=max(0, count_pods(native) - 1),
         progress=native.progress,
         instance_type=word(annotations, INSTANCE),
-        cost_usd=None if not price else round(float(price) * (seconds_between(started, ended or native.now) if started else 0) / 3600, 4),
-        started_at=started,
+        cost_usd=None if not price else round(float(price) * seconds / 3600, 4),
+        started_at=start.since,
         ended_at=ended,
         observed_at=native.now,
     )
@@ -217,42 +220,77 @@ def _look_running(native: Native, pod: Object) -> View:
     return View(state=POD_STATES[progress.phase], native="Running", message=progress.message)
 
 
+def may_be_removed(job: Object, ended: ExitRecord | None, *, recorded: bool) -> bool:
+    """Whether a Job may go before its time to live ends: one that was stopped as asked, when its receipt is in the record."""
+    return recorded and (CANCELLED_AT in child(job, "metadata", "annotations") or (ended is not None and ended.cancelled))
+
+
 # --- Times -----------------------------------------------------------------------------------------------
 
 
+# From a Job's start to its first pod. One that is made later is not the first, unless a quota let none be made before.
+FIRST_POD_SECONDS = 60.0
+AT_MOST = "not all of its pods are known any more: its time and cost are at most this"
+
+
+class Start(NamedTuple):
+    """From when a machine was held, None where none was; `at_most`: it was not before that, and may have been later."""
+
+    since: datetime | None
+    at_most: bool = False
+
+
 def count_pods(native: Native) -> int:
-    """How many pods the Job has had, as far as it remembers: those it counts as failed may be gone."""
-    return max(len(native.pods), number(native.job, "status", "failed") + number(native.job, "status", "active"))
+    """How many pods the Job has had, as far as it remembers: those that it has counted may be gone."""
+    return max(len(native.pods), sum(number(native.job, "status", name) for name in ("failed", "succeeded", "active")))
 
 
 def first_start(pods: list[Object]) -> datetime | None:
     return min((found for pod in pods if (found := time_at(pod, "status", "startTime"))), default=None)
 
 
-def find_times(native: Native, *, terminal: bool) -> tuple[datetime | None, datetime | None]:
-    """From when a machine was held, until when. A pod's node is paid for from the moment that the pod is on it."""
-    started = first_start(native.pods) or time_at(native.job, "metadata", "annotations", STARTED_AT)
-    started = started or (native.ended.started_at if native.ended is not None else None)
-    if not terminal:
-        return started, None
+def find_start(native: Native) -> Start:
+    """A pod's node is paid for from the moment that the pod is on it. Of pods that are gone, the Job's own start is the bound."""
+    words = [time_at(native.job, "metadata", "annotations", STARTED_AT), native.ended.started_at if native.ended is not None else None]
+    known = min((time for time in (first_start(native.pods), *words) if time is not None), default=None)
+    began = time_at(native.job, "status", "startTime")
+    first = time_at(native.pods[0], "metadata", "creationTimestamp") if native.pods else None
+    all_there = first is not None and count_pods(native) == len(native.pods)
+    held = known is not None or native.progress is not None or number(native.job, "status", "failed") > 0
+    if not held or began is None or (all_there and first is not None and seconds_between(began, first) <= FIRST_POD_SECONDS):
+        return Start(known)
+    return Start(min(began, known or began), at_most=True)
+
+
+def find_end(native: Native) -> datetime:
+    """Until when a machine was held by a Job that is over."""
     over = [
         time_at(native.job, "status", "completionTime"),
         *(time_at(condition(native.job, kind), "lastTransitionTime") for kind in ("Failed", "Suspended")),
         *(time_at(container_state(pod), "terminated", "finishedAt") for pod in native.pods),
         native.ended.ended_at if native.ended is not None else None,
     ]
-    known = [time for time in over if time is not None]
-    return started, max(known, default=native.now)
+    return max((time for time in over if time is not None), default=native.now)
 
 
-def status_of_vanished(ended: ExitRecord | None, progress: Progress | None, *, stopped: bool, price: float | None) -> JobStatus | None:
-    """The state of a Job that the cluster no longer has, as the bucket tells it. None where it tells no end."""
+def add_bound(message: str) -> str:
+    return f"{message}; {AT_MOST}" if message else AT_MOST
+
+
+def status_of_vanished(
+    ended: ExitRecord | None, progress: Progress | None, *, stopped: bool, price: float | None, made_at: datetime | None = None
+) -> JobStatus | None:
+    """The state of a Job that the cluster no longer has, as the bucket tells it. None where it tells no end.
+
+    `made_at`: when the Job was made, where the record is of its last container alone.
+    """
     if ended is not None:
-        seconds = seconds_between(ended.started_at, ended.ended_at)
-        status = parse_exit(ended, progress, None if price is None else round(price * seconds / 3600, 4))
+        started = min(ended.started_at, made_at or ended.started_at)
+        status = parse_exit(ended, progress, None if price is None else round(price * seconds_between(started, ended.ended_at) / 3600, 4))
         if stopped and status.state is JobState.FAILED:  # a trainer that got TERM before it saw why, or while it loaded
             status = status.model_copy(update={"state": JobState.CANCELLED, "reason": None})
-        return status.model_copy(update={"native_state": "removed"})
+        message = status.message if made_at is None else add_bound(status.message)
+        return status.model_copy(update={"native_state": "removed", "started_at": started, "message": message})
     if stopped:
         return JobStatus(
             state=JobState.CANCELLED, native_state="removed", message="stopped as asked", progress=progress, ended_at=utc_now()

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from prefect.blocks.core import Block
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.settings import PREFECT_HOME, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 from pydantic import ValidationError
@@ -21,6 +23,7 @@ from blocks.providers.kubernetes_client import find_kubeconfig
 from blocks.providers.kubernetes_job import KubernetesProvider
 from blocks.providers.kubernetes_settings import KubernetesSettings
 from flows.cli import app
+from tests.unit.test_blocks_kubernetes_request import make_spec
 
 SECRET = "hunter2-very-secret"
 KUBECONFIG = {
@@ -50,8 +53,20 @@ def test_fields_of_the_profile_are_the_settings_of_its_provider() -> None:
     assert settings.pod_patch == {"runtimeClassName": "nvidia"}
     with pytest.raises(ValidationError, match="cache_pvc"):
         KubernetesProfile(namespace="vision", enable_shared_cache=True)
+    with pytest.raises(ValidationError, match="keep_seconds"):
+        KubernetesProfile(namespace="vision", keep_seconds=0)
     with pytest.raises(ValidationError, match="namespace"):
         KubernetesProfile(namespace="Vision Team")
+
+
+def test_files_of_a_profile_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert KubernetesProfile(namespace="vision", kubeconfig_path="config").kubeconfig_path == str(tmp_path / "config")
+    assert KubernetesProfile(namespace="vision", kubeconfig_path="~/config").kubeconfig_path == str(tmp_path / "home/config")
+    pem = "-----BEGIN CERTIFICATE-----\nx"
+    for given, kept in (("ca.pem", str(tmp_path / "ca.pem")), ("/etc/ca.pem", "/etc/ca.pem"), (pem, pem), ("", "")):
+        assert KubernetesProfile(namespace="vision", ca_certificate=given).ca_certificate == kept
 
 
 @pytest.mark.usefixtures("server")
@@ -77,6 +92,8 @@ def test_a_cluster_config_of_prefect_kubernetes_is_read_without_its_package(tmp_
     assert load_cluster_credentials("kubernetes-cluster-config/shared") == {"kubeconfig": KUBECONFIG, "context": "prod"}
     document, context = find_kubeconfig(KubernetesSettings(credentials="kubernetes-cluster-config/shared"))
     assert (document, context) == (KUBECONFIG, "prod")
+    provider = KubernetesProvider(KubernetesSettings(credentials="kubernetes-cluster-config/shared"))
+    assert ["plain field" in warning for warning in provider.plan(make_spec()).warnings] == [True]
 
 
 @pytest.mark.usefixtures("server")
@@ -93,6 +110,7 @@ def test_a_profile_is_saved_from_a_file(tmp_path: Path) -> None:
     for text, name, told in (
         ("provider: kubernetes\nnamespace: Vision", "bad", "namespace"),
         ("provider: kubernetes\nnamespace: vision\nqueue: x", "bad", "queue_name"),
+        ("provider: kubernetes\nnamespace: vision\nkeep_seconds: 0", "bad", "keep_seconds: .*how it ended"),
         ("provider: kubernets", "bad", "kubernetes"),
         ("provider: local\nslots: 1", "from-file", "has the name"),
         ("provider: local\nslots: 1", "local", "no name for a profile"),
@@ -103,6 +121,17 @@ def test_a_profile_is_saved_from_a_file(tmp_path: Path) -> None:
         assert isinstance(refused.exception, ConfigError)
         assert re.search(told, refused.exception.message), refused.exception
         assert refused.exception.hint
+
+
+@pytest.mark.usefixtures("server")
+def test_a_saved_profile_that_does_not_fit_any_more_is_told_by_field() -> None:
+    KubernetesProfile(namespace="vision").save("older")  # type: ignore[unused-coroutine]
+    with get_client(sync_client=True) as client:
+        document = client.read_block_document_by_name("older", "trainyard-kubernetes")
+        client.update_block_document(document.id, BlockDocumentUpdate(data={"namespace": "vision", "keep_seconds": 0}))
+    with pytest.raises(ConfigError, match="'older' does not fit this version: keep_seconds: at least 600") as told:
+        load_profile("older")
+    assert "profile save" in told.value.hint
 
 
 @pytest.mark.usefixtures("server")

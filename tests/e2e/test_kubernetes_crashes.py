@@ -12,6 +12,7 @@ been removed; and a Job whose creation is not confirmed, cancelled while the ans
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
@@ -48,7 +49,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.e2e]
 EPOCHS = 4
 LANES = 4  # runs of the whole matrix at a time: each waits more than it works
 PATIENCE_SECONDS = 900.0  # of a step, on a machine that has other things to do as well
-BRIEF = {"keep_seconds": 1}
 WHO = "tester"
 Removed = Literal["", "by time", "by hand"]
 
@@ -133,9 +133,13 @@ class Lane:
         return [*api, *store]
 
     def remove(self, run_id: str, how: Removed) -> None:
+        namespace = ("--namespace", self.runs.namespace)
+        if how == "by time":
+            patch = json.dumps({"spec": {"ttlSecondsAfterFinished": 1}})  # sooner than a profile may say
+            self.runs.cluster.kubectl("patch", "job", job_name(run_id, 1), *namespace, "--patch", patch)
         if how == "by hand":
             wait_for("the Job's pod", lambda: self.runs.pods(run_id), PATIENCE_SECONDS)
-            self.runs.cluster.kubectl("delete", "job", job_name(run_id, 1), "--namespace", self.runs.namespace, "--wait=false")
+            self.runs.cluster.kubectl("delete", "job", job_name(run_id, 1), *namespace, "--wait=false")
         if how:
             wait_for("the Job to be removed", lambda: not self.runs.jobs(run_id), PATIENCE_SECONDS)
 
@@ -181,7 +185,7 @@ def lanes(stack: Stack, cluster: Cluster, s3: StoreServer, tmp_path_factory: pyt
             api = proxies.enter_context(running_proxy(cluster.server, cluster.certificate))
             lane = Lane(runs, api, CrashPlan(folder / f"crashes-{number}.json"), KnownAccess(s3.address))
             login = kubeconfig_through(api, cluster, runs.namespace)
-            profiles |= {lane.profile: {**fields, "kubeconfig": login}, f"{lane.profile}-brief": {**fields, "kubeconfig": login, **BRIEF}}
+            profiles[lane.profile] = {**fields, "kubeconfig": login}
             made.append(lane)
         runs.save_profiles(**profiles)
         yield made
@@ -208,8 +212,7 @@ def run_case(lane: Lane, shapes: Path, case: Case) -> Row:
     runs, key = lane.runs, uuid4().hex
     run_id = run_id_of_key(key)
     epochs = 500 if case.cancelled else EPOCHS
-    profile = f"{lane.profile}-brief" if case.removed == "by time" else lane.profile
-    words = ["train", str(shapes), "--profile", profile, *TINY, "--epochs", str(epochs), "--run-key", key, "--json"]
+    words = ["train", str(shapes), "--profile", lane.profile, *TINY, "--epochs", str(epochs), "--run-key", key, "--json"]
     with lane.created(run_id) as created:
         first = lane.start(words, case)
         try:

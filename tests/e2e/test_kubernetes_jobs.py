@@ -17,9 +17,10 @@ from blocks.provider import Provider
 from blocks.providers import kubernetes_client
 from blocks.providers.kubernetes_client import NoAnswer
 from blocks.providers.kubernetes_job import KubernetesProvider
+from blocks.providers.kubernetes_objects import is_over
 from tests.cluster.cluster import Cluster, pod
 from tests.e2e.test_kubernetes_rights import shipped
-from tests.kubernetes_jobs import WAIT, Jobs, ended, host_folders, jobs_in, watch
+from tests.kubernetes_jobs import WAIT, Jobs, ended, host_folders, jobs_in, watch, write_receipt
 from tests.stack import REPOSITORY, wait_for
 from tests.stores import StoreServer
 from trainer.contract import AttemptLayout, ExitRecord, utc_now
@@ -120,10 +121,26 @@ def test_cancel_suspends_and_then_deletes(jobs: Jobs) -> None:
     assert gone.cost_usd >= 0.01, "about a second at a cent each, although nothing tells of it any more"
     assert "about" in gone.message
     provider.cancel(ref)
+    assert jobs.jobs() == [ref.native_id], "whoever watches it has not read it yet"
+    write_receipt(ref)
+    provider.cancel(ref)
     assert jobs.jobs() == []
     assert provider.poll(ref).state is JobState.CANCELLED
     provider.cancel(ref)
     assert provider.logs(ref, watch_log.cursor).ended
+
+
+def test_a_job_that_ended_by_itself_is_read_and_not_removed_by_a_late_cancel(jobs: Jobs) -> None:
+    """It was killed for want of memory, say, so that its trainer has written nothing."""
+    provider = jobs.provider("echo the last word; exit 70")
+    ref = submit(provider, jobs)
+    wait_for("the Job to have failed", lambda: is_over(jobs.cluster.get("jobs", ref.native_id, jobs.namespace)), 60)
+    provider.cancel(ref)
+    status = provider.poll(ref)
+    assert (status.state, status.reason) == (JobState.FAILED, FailureReason.USER_CODE)
+    write_receipt(ref)
+    provider.cancel(ref)
+    assert read_log(provider, ref) == ["the last word"]
 
 
 def test_a_job_that_time_or_a_hand_removed_is_never_made_again(jobs: Jobs) -> None:
@@ -168,6 +185,8 @@ def test_a_job_that_time_or_a_hand_removed_is_never_made_again(jobs: Jobs) -> No
     for act in (by_hand.poll, by_hand.cancel):
         with pytest.raises(ConfigError, match=r"was made at https://other\.example:6443: that may be another cluster"):
             act(other)
+    ObjectFolder(ref.output_uri).put(AttemptLayout.EXIT, ExitRecord(exit_code=70, started_at=utc_now()).model_dump_json().encode())
+    assert by_hand.poll(other).state is JobState.FAILED, "what the record tells closes the run, wherever the Job was"
 
 
 def test_a_deleted_pod_is_followed_by_another_and_both_logs_are_read(jobs: Jobs) -> None:
@@ -267,6 +286,11 @@ def test_the_clusters_own_deadline_ends_a_job(jobs: Jobs) -> None:
     jobs.cluster.kubectl("patch", "job", ref.native_id, "--namespace", jobs.namespace, "--patch", patch)
     status = watch(provider, ref, ended)[-1]
     assert (status.state, status.reason, status.native_state) == (JobState.FAILED, FailureReason.TIMEOUT, "DeadlineExceeded")
+    wait_for("the pod is removed", lambda: not jobs.pods(ref), 30)
+    status = provider.poll(ref)
+    assert status.cost_usd is not None
+    assert status.cost_usd >= 0.02, "three seconds at a cent each, although no pod tells of them"
+    assert "at most" in status.message
 
 
 def test_all_that_a_pod_may_not_do_is_forbidden(jobs: Jobs) -> None:
@@ -311,6 +335,7 @@ def test_every_way_to_log_in(jobs: Jobs, cluster: Cluster, caplog: pytest.LogCap
 IN_THE_POD = """
 import sys
 from blocks.providers.kubernetes_job import KubernetesProvider
+from blocks.providers.kubernetes_objects import is_over
 print(KubernetesProvider.from_settings({"namespace": sys.argv[1]}).check().model_dump_json())
 """
 

@@ -138,6 +138,7 @@ def test_a_job_stopped_by_a_limit_failed_of_its_cause(tmp_path: Path) -> None:
     with pytest.raises(JobFailed, match="image: no such image") as told:
         result_of(record, next_step_of(record, max_attempts=3))
     assert told.value.code is ExitCode.CONFIG
+    assert "cancelled" not in told.value.message, "nobody did"
 
 
 def test_a_stop_that_looks_like_a_preemption_is_told_as_cancelled_and_then_cleared_away(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from blocks.errors import ServiceUnavailable
 from blocks.record import RunRecord
 from tests.unit.test_blocks_attempts import make_plan
 from tests.unit.test_blocks_record import run_file
-from trainer.contract import utc_now
+from trainer.contract import ExitCode, TrainerError, utc_now
+from trainer.storage import ObjectFolder
 
 
 @pytest.fixture
@@ -29,6 +32,39 @@ def test_a_driver_that_ends_in_order_leaves_nothing(record: RunRecord, tmp_path:
         assert [run.run_id for run in driven_runs()] == ["drive123"]
     assert driven_runs() == []
     assert not (tmp_path / "runs" / "drive123").exists()
+
+
+def test_a_driver_that_is_busy_for_long_is_heard_of(record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stages a large dataset or builds an image, say; on another machine only its word tells that it lives."""
+    monkeypatch.setattr("blocks.driving.BEAT_SECONDS", 0.02)
+    with driving(record, "flow-1", deployed=True, max_attempts=3):
+        [first] = drivers(record)
+        deadline = time.monotonic() + 10
+        while drivers(record)[0].seen_at == first.seen_at:  # the slow stage, which calls nobody
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    time.sleep(0.1)
+    assert not (record.folder.names("drivers")), "the last beat does not outlive the driver"
+
+
+def test_a_store_that_is_away_ends_no_heartbeat(record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blocks.driving.BEAT_SECONDS", 0.02)
+    failed = threading.Event()
+
+    def away(self: RunRecord) -> ObjectFolder:
+        if threading.current_thread() is not threading.main_thread() and not failed.is_set():
+            failed.set()
+            raise TrainerError("the store does not answer", code=ExitCode.UNAVAILABLE)
+        return ObjectFolder(self.uri)
+
+    with driving(record, "flow-1", deployed=True, max_attempts=3):
+        [first] = drivers(record)
+        monkeypatch.setattr(RunRecord, "folder", property(away))
+        deadline = time.monotonic() + 10
+        while drivers(record)[0].seen_at == first.seen_at:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert failed.is_set()
 
 
 def test_a_refusal_leaves_nothing(record: RunRecord) -> None:

@@ -175,6 +175,17 @@ def test_price_is_the_class_own_or_that_of_its_machine() -> None:
         make_plan(settings, {"accelerator": "L4"}, max_cost_usd=0.5)
 
 
+def test_the_cost_at_worst_is_that_of_all_attempts() -> None:
+    chosen = {"instance_classes": GPU_CLASSES}, {"accelerator": "L4"}
+    plan = make_plan(*chosen, max_attempts=3)
+    assert plan.worst_case_usd == pytest.approx(3 * 0.85)
+    assert plan.fingerprint == make_plan(*chosen).fingerprint, "how often it may be tried changes no Job"
+    with pytest.raises(ConfigError, match=r"at worst this costs \$2\.55 \(3 attempts of 3600 s\)") as refused:
+        make_plan(*chosen, max_attempts=3, max_cost_usd=2.0)
+    assert "attempts" in refused.value.hint
+    make_plan(*chosen, max_attempts=2, max_cost_usd=2.0)
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -194,6 +205,10 @@ def test_price_is_the_class_own_or_that_of_its_machine() -> None:
         ({"pod_patch": {"containers": [{"name": "trainer", "image": "x"}]}}, "image of the container"),
         ({"pod_patch": {"containers": [{"name": "trainer", "env": [{"name": "A", "value": "b"}]}]}}, "go to env"),
         ({"instance_classes": {"a": {"gpu_resource": "gpu"}}}, "extended resource"),
+        ({"instance_classes": {"a": {"gpu_resource": "nvidia..com/gpu"}}}, "extended resource"),
+        ({"instance_classes": {"a": {"gpu_resource": "nvidia.com/gpu\n"}}}, "extended resource"),
+        ({"instance_classes": {"a": {"tolerations": [{"key": "nvidia.com/gpu.", "operator": "Exists"}]}}}, "key of a taint"),
+        ({"instance_classes": {"a": {"tolerations": [{"value": "x"}]}}}, "operator Exists"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(settings: dict[str, Any], told: str) -> None:
@@ -216,7 +231,33 @@ def test_secrets_are_in_no_dump_and_no_repr() -> None:
     assert "very-secret" not in str(caught.value)
 
 
-def test_a_certificate_that_is_not_checked_is_warned_of() -> None:
-    assert not make_plan().warnings
-    assert "certificate" in make_plan({"verify_ssl": False}).warnings[0]
-    assert "plain field" in make_plan({"credentials": "kubernetes-cluster-config/prod"}).warnings[0]
+def kubeconfig(**cluster: Any) -> str:
+    contexts = [{"name": name, "context": {"cluster": name, "user": "u"}} for name in ("safe", "open")]
+    clusters = [{"name": "safe", "cluster": {"server": "https://safe"}}, {"name": "open", "cluster": {"server": "https://open", **cluster}}]
+    users = [{"name": "u", "user": {"token": "very-secret"}}]
+    return json.dumps({"current-context": "open", "clusters": clusters, "contexts": contexts, "users": users})
+
+
+def test_whoever_could_listen_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    insecure, plain = kubeconfig(**{"insecure-skip-tls-verify": True}), kubeconfig(server="http://open")
+    (tmp_path / "config").write_text(insecure)
+    for settings, told in (
+        ({}, ""),
+        ({"verify_ssl": False}, "certificate is not checked"),
+        ({"api_server": "https://c", "token": "t"}, ""),
+        ({"api_server": "http://c", "token": "t"}, "http://c is asked without TLS"),
+        ({"kubeconfig": insecure}, "certificate is not checked"),
+        ({"kubeconfig": insecure, "context": "safe"}, ""),
+        ({"kubeconfig_path": str(tmp_path / "config")}, "certificate is not checked"),
+        ({"kubeconfig": plain}, "http://open is asked without TLS"),
+        ({"kubeconfig": "{ no YAML"}, ""),
+        ({"kubeconfig_path": "/not/there"}, ""),
+    ):
+        warnings = make_plan(settings).warnings
+        assert told in "".join(warnings), settings
+        assert bool(warnings) is bool(told), settings
+        assert "very-secret" not in "".join(warnings)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    assert "certificate is not checked" in make_plan().warnings[0]

@@ -16,7 +16,7 @@ from blocks.providers.kubernetes_causes import (
     explain_waiting,
 )
 from blocks.providers.kubernetes_request import CANCELLED_AT, INSTANCE, PRICE, STARTED_AT
-from blocks.providers.kubernetes_status import Native, parse_status, status_of_vanished
+from blocks.providers.kubernetes_status import Native, find_start, may_be_removed, parse_status, status_of_vanished
 from trainer.contract import ExitRecord, Phase, Progress
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
@@ -145,6 +145,39 @@ def test_cost_of_a_cancelled_job_whose_pods_are_gone() -> None:
     assert "about" in status.message
 
 
+def test_time_of_pods_that_are_gone_is_counted_as_the_most_that_it_can_have_been() -> None:
+    hour = NOW - timedelta(hours=1)
+    late = pod("Running", container=RUNNING, metadata={"creationTimestamp": stamp(EARLIER)})
+    evicted = parse_status(native(job(startTime=stamp(hour), active=1), late))
+    assert (evicted.started_at, evicted.cost_usd) == (hour, 2.0), "the pod before this one is gone, and counts as no failure"
+    ended = pod("Succeeded", container={"terminated": {"exitCode": 0, "finishedAt": stamp(NOW)}}, startTime=stamp(NOW))
+    soon = pod("Succeeded", startTime=stamp(NOW), metadata={"creationTimestamp": stamp(hour)})
+    one_of_two = job(("Complete", "x"), startTime=stamp(hour), completionTime=stamp(NOW), failed=1, succeeded=1)
+    for seen in (native(one_of_two, ended), native(one_of_two, soon)):
+        status = parse_status(seen)
+        assert (status.state, status.cost_usd, status.restarts) == (JobState.SUCCEEDED, 2.0, 1)
+        assert "at most" in status.message
+    all_there = parse_status(native(job(("Complete", "x"), startTime=stamp(hour), completionTime=stamp(NOW), succeeded=1), soon))
+    assert (all_there.cost_usd, all_there.message) == (0.0, ""), "it waited for its machine"
+
+
+def test_a_job_over_its_deadline_costs_what_its_pods_may_have_had() -> None:
+    late = job(("Failed", "DeadlineExceeded"), startTime=stamp(EARLIER), failed=1)
+    status = parse_status(native(late, progress=at(Phase.TRAINING, EARLIER)))
+    assert (status.cost_usd, status.started_at, status.ended_at) == (1.0, EARLIER, NOW)
+    assert "at most" in status.message
+    no_pod = parse_status(native(job(("Failed", "DeadlineExceeded"), startTime=stamp(EARLIER))))
+    assert (no_pod.cost_usd, "at most" in no_pod.message) == (0.0, False), "a quota let none be made"
+    waits = parse_status(native(job(startTime=stamp(EARLIER)), events=[]))
+    assert (waits.started_at, waits.cost_usd) == (None, 0.0)
+
+
+def test_the_start_that_a_cancel_notes_is_of_the_pods_that_are_gone_too() -> None:
+    hour = NOW - timedelta(hours=1)
+    assert find_start(native(job(startTime=stamp(hour), active=1), pod("Running"))).since == hour
+    assert find_start(native(job(startTime=stamp(EARLIER), active=1), pod("Running"))).since == EARLIER
+
+
 def test_the_trainers_own_word_counts_where_it_tells_the_same_end() -> None:
     exits = {"terminated": {"exitCode": 78, "message": "short. Next: do"}}
     record = ExitRecord(exit_code=78, reason=FailureReason.CONFIG, message="the whole story", hint="next", started_at=EARLIER)
@@ -174,6 +207,24 @@ def test_a_removed_job_is_what_its_record_says() -> None:
     assert stopped is not None
     assert stopped.state is JobState.CANCELLED
     assert status_of_vanished(None, at(Phase.TRAINING), stopped=False, price=None) is None
+
+
+def test_a_removed_job_of_several_pods_cost_at_most_its_time_since_it_was_made() -> None:
+    last = ExitRecord(exit_code=0, started_at=NOW - timedelta(minutes=6), ended_at=NOW)
+    status = status_of_vanished(last, None, stopped=False, price=2.0, made_at=EARLIER)
+    assert status is not None
+    assert (status.started_at, status.cost_usd) == (EARLIER, 1.0)
+    assert "at most" in status.message
+
+
+def test_only_a_job_that_was_stopped_is_removed_and_only_when_its_receipt_is_there() -> None:
+    by_itself = job(("Failed", "PodFailurePolicy"))
+    stopped = job(("Suspended", "JobSuspended"), suspend=True, cancelled=True)
+    for recorded in (False, True):
+        assert may_be_removed(stopped, None, recorded=recorded) is recorded
+        assert may_be_removed(by_itself, ExitRecord(exit_code=130, cancelled=True, started_at=EARLIER), recorded=recorded) is recorded
+        assert not may_be_removed(by_itself, None, recorded=recorded), "its pods tell why it failed, for as long as it is kept"
+        assert not may_be_removed(job(("Complete", "x")), ExitRecord(exit_code=0, started_at=EARLIER), recorded=recorded)
 
 
 SENTENCES = [

@@ -6,19 +6,21 @@ from typing import Any
 
 import pytest
 
-from blocks.job import JobState, JobStatus, Result
+from blocks.job import JobState, JobStatus, Plan, Result
 from blocks.record import CancelRequest, RunFile, RunRecord
 from flows.reporting import StagingReporter, publish_report
 from flows.reporting_text import (
     build_ending,
     build_report,
     describe_status,
+    describe_worst_case,
     ending_of,
     epoch_table,
     format_seconds,
     replace_tags,
     running_tags,
 )
+from tests.unit.test_blocks_local_process import make_spec
 from trainer.contract import DatasetRef, Phase, Progress, RunLayout
 
 
@@ -33,6 +35,17 @@ def test_status_in_one_line() -> None:
     )
     line = describe_status(JobStatus(state=JobState.RUNNING, progress=progress, message="all is well"))
     assert line == "running, epoch 3/20, val mAP50 0.432, 14 images/s, ETA 1m15s, all is well"
+
+
+def test_a_plan_tells_what_its_cost_at_worst_covers() -> None:
+    spec = make_spec({}).model_copy(update={"max_attempts": 3})
+    plan = Plan(provider="x", spec=spec, instance_type="t4", region="r", request={}, fingerprint="f", worst_case_usd=2.55)
+    told = "at worst $2.55 for 3 attempts of 1h00m; a wait for machines, which costs nothing where they are paid for in use, is not in it"
+    assert describe_worst_case(plan) == told
+    once = plan.model_copy(update={"spec": make_spec({})})
+    assert "for one attempt of 1h00m" in describe_worst_case(once)
+    assert describe_worst_case(once.model_copy(update={"worst_case_usd": None})) == "at worst unknown"
+    assert describe_worst_case(once.model_copy(update={"worst_case_usd": 0.0})) == "at worst $0.00"
 
 
 RUN = RunFile(run_id="abcd", name="bccd-yolo11n", request={}, request_hash="", provider="local", settings={}, owner="me")
