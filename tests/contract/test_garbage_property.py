@@ -133,6 +133,19 @@ class Store(RuleBasedStateMachine):
     def lose_the_cache(self) -> None:
         shutil.rmtree(self.folder / "home/staging", ignore_errors=True)
 
+    @rule()
+    def fill_anew_from_elsewhere(self) -> None:
+        """Somebody empties the store, and another machine brings what the folders have now, packed otherwise."""
+        for path in (self.folder / "store").iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.pins.clear()
+        self.versions.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRAINYARD_HOME", str(self.folder / "elsewhere"))
+            patch.setattr("blocks.uploads.PACK_BYTES", 700)
+            for name in NAMES:
+                self.stage(name, {}, False)
+
     @rule(name=NAME)
     def remove_a_ref(self, name: str) -> None:
         if name in list_refs(self.store, self.uri):

@@ -102,6 +102,34 @@ def test_a_store_that_was_emptied_is_filled_again(store_uri: str, source: Path, 
     assert_same(source, tmp_path / "copy")
 
 
+def test_a_store_that_was_emptied_and_filled_from_another_home_is_asked_what_it_has(
+    store_uri: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the version that this home knows, in other packs. Only what is gone is sent, and the version before is whole, too."""
+    import obstore
+
+    images = sorted(source.rglob("img *.jpg"))
+    old = {path: path.read_bytes() for path in images}
+    for path in images[:4]:
+        touch_old(path, old[path] + b"first")
+    stage_folder(source, store_uri)
+    for path in images[:4]:
+        touch_old(path, old[path])
+    first = stage_folder(source, store_uri)
+    obstore.delete(open_store(store_uri), sorted(objects(store_uri)))
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TRAINYARD_HOME", str(tmp_path / "other home"))
+        elsewhere.setattr("blocks.uploads.PACK_BYTES", 60_000)
+        assert stage_folder(source, store_uri).version == first.version
+    for path in images[:4]:
+        touch_old(path, old[path] + b"first")
+    touch_old(source / "d0-1", b"new")
+    second = stage_folder(source, store_uri)
+    assert second.sent_bytes < 60_000
+    for staged in (first, second):
+        assert verify_version(store_uri, staged.version).files == staged.files
+
+
 def test_two_stagers_at_once_lose_nothing(store_uri: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two folders under one name: the ref is one of them, both versions are whole."""
     other = shutil.copytree(source, tmp_path / "other")
