@@ -12,7 +12,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice, starmap
 from pathlib import Path
@@ -96,10 +96,10 @@ class StatCache:
     def set(self, key: str, value: str) -> None:
         self.writer.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
-    def changes(self, files: Iterable[tuple[str, Stat]], counts: Counts, *, distrust: bool) -> Iterator[tuple[str, Stat | None]]:
+    def changes(self, files: Iterable[tuple[str, Stat]], counts: Counts, *, distrust: bool) -> Generator[tuple[str, Stat | None]]:
         """Files that are new, changed, gone (no stat) or, with `distrust`, known and in no known pack. The others are counted as reused.
 
-        Both sides are sorted, so a row of each is all that is held.
+        Both sides are sorted, so a row of each is all that is held. To be closed, as it goes on seeing the cache as it was.
         """
         where = "LEFT JOIN placed USING (sha256)" if distrust else ""
         column = "placed.sha256 IS NOT NULL" if distrust else "1"
