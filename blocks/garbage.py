@@ -17,6 +17,10 @@ ref is then a root, so what it sends again stays. Killed there as well, it has l
 stage of that folder lists the store and mends it.
 A cache that believes in packs of last week. It holds the generation that its knowledge is of; another one in the store
 means the same as above. Nothing changed in the folder: the ref names the version, so the store has it.
+A store that was emptied, and filled again from another machine or a copy: it may have the same version and generation, and
+other packs. A stage believes in the version of the ref; what else its manifest names it has sent itself, or asks for.
+A pack that only another dataset's ref needs, and that a stage has found by it. The lease is in the store, and the generation
+is the one that the stage knows, before the stage reads that ref: whoever takes the ref away later and collects sees the lease.
 A manifest that is there already, of another machine or an older time, is taken over only if all that it names is there.
 collection || collection. The mark is taken by compare-and-swap; the second is refused.
 A collection that crashes. Manifests go first, so none is left that names what is gone; the rest is garbage still. Its mark

@@ -56,8 +56,8 @@ class CollectionMark(StoreRecord, frozen=True, kw_only=True):
     started_at: AwareTime = msgspec.field(default_factory=utc_now)
 
 
-class CollectedMeanwhile(Exception):
-    """Garbage was collected since the store was last looked at, so what the cache says of it may be wrong."""
+class StoreChanged(Exception):
+    """Objects may be gone that the cache believes in: garbage was collected since the store was last looked at, or it was emptied."""
 
 
 @dataclass(frozen=True)
@@ -193,18 +193,19 @@ def read_mark(store: ObjectStore, uri: str) -> tuple[CollectionMark | None, Upda
 
 
 def check_generation(store: ObjectStore, uri: str, known: str) -> None:
-    """Raises CollectedMeanwhile where a collection has begun since the generation was `known`."""
+    """Raises StoreChanged where a collection has begun since the generation was `known`."""
     mark, _, _ = read_mark(store, uri)
     if (mark.generation if mark else "") != known:
-        raise CollectedMeanwhile
+        raise StoreChanged
 
 
-def until_uncollected(work: Callable[[], Done], uri: str) -> Done:
-    """`work` once more where garbage was collected meanwhile: then it asks the store what it has, and sends what is gone."""
+def until_unchanged(work: Callable[[], Done], uri: str) -> Done:
+    """`work` once more where objects may be gone: then it asks the store what it has, and sends what it lacks."""
     for _ in range(TRIES):
-        with contextlib.suppress(CollectedMeanwhile):
+        with contextlib.suppress(StoreChanged):
             return work()
-    raise TrainerError(f"{uri}: garbage is collected from it all the time", hint="stage again", code=ExitCode.UNAVAILABLE)
+    message = f"{uri}: objects vanish from it, or garbage is collected from it all the time"
+    raise TrainerError(message, hint="stage again", code=ExitCode.UNAVAILABLE)
 
 
 def settled_generation(store: ObjectStore, uri: str, clock: Callable[[], datetime] | None = None) -> str:

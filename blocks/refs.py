@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 import re
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from trainer.errors import ExitCode, TrainerError
 from trainer.files import utc_now
-from trainer.storage import list_paths, open_store, to_path, told_plainly
+from trainer.storage import list_metadata, list_paths, open_store, to_path, told_plainly
 from trainer.store_records import AwareTime, StoreRecord, swap, tag_of
 
 if TYPE_CHECKING:
@@ -104,7 +106,12 @@ def delete_ref(store: ObjectStore, uri: str, name: str) -> Ref:
 
 
 def list_names(store: ObjectStore) -> list[str]:
-    return sorted(path.removeprefix("refs/").removesuffix(".json") for path in list_paths(store, "refs") if path.endswith(".json"))
+    return sorted(name for path in list_paths(store, "refs") if (name := _name_of(path)))
+
+
+def _name_of(key: str) -> str:
+    """The dataset whose ref it is; empty for what is none."""
+    return key.removeprefix("refs/").removesuffix(".json") if key.endswith(".json") else ""
 
 
 def _name_datasets(store: ObjectStore) -> str:
@@ -118,9 +125,26 @@ def list_refs(store: ObjectStore, uri: str) -> dict[str, Ref]:
     return {name: ref for name, ref in found.items() if ref is not None}
 
 
-def newest_refs(store: ObjectStore, uri: str) -> list[Ref]:
-    """Of all datasets, the one that was moved last first."""
-    return sorted(list_refs(store, uri).values(), key=lambda ref: ref.updated_at, reverse=True)
+class OtherRef(NamedTuple):
+    """``tag`` tells this state of the ref from the next."""
+
+    name: str
+    tag: str
+    ref: Ref
+
+
+def other_refs(store: ObjectStore, uri: str, name: str, known: Mapping[str, str], most: int) -> list[OtherRef]:
+    """Of datasets other than `name` whose refs are not as the `known` tags say. At most so many, the one that was moved last first."""
+    others: list[OtherRef] = []
+    for meta in sorted(list_metadata(store, "refs"), key=lambda meta: meta["last_modified"], reverse=True):
+        other, tag = _name_of(meta["path"]), meta["e_tag"] or ""
+        if len(others) == most or not other or other == name or known.get(other) == tag:
+            continue
+        with suppress(TrainerError):  # damaged, or of no name of ours: nobody can stage by it
+            ref, _ = read_ref(store, uri, other)
+            if ref is not None:
+                others.append(OtherRef(other, tag, ref))
+    return others
 
 
 def resolve_version(store: ObjectStore, uri: str, wanted: str) -> str:

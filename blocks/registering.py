@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from blocks.joined_tree import JoinedTree
 from blocks.label_matching import CONFIG_SUFFIXES, expected_label, find_format, is_label, labels_prefix, read_coco_names
-from blocks.leases import Lease, check_generation, settled_generation, until_uncollected
+from blocks.leases import Lease, check_generation, settled_generation, until_unchanged
 from blocks.listing import add_objects, check_places
 from blocks.reading import read_file
 from blocks.refs import Ref, move_ref, read_ref, ref_key
@@ -102,7 +102,7 @@ def register_uri(
             return ref, changed, sent + sent_manifest
 
         with told_plainly(store_uri):
-            ref, changed, sent = until_uncollected(write, store_uri)
+            ref, changed, sent = until_unchanged(write, store_uri)
         files, size = tree.count_in_place()
     return Registered(
         *(name, ref.version, store_uri, ref.files, ref.bytes, changed, sent, time.monotonic() - started, left_out),

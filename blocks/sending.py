@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PART_BYTES = 8 * 2**20  # a file too large to hold is sent in parts
 PARTS_AT_ONCE = 4
 MOST_PARTS = 10_000  # of S3
+HEADS = 4  # requests, where a listing takes one for every thousand objects
 
 
 def put_object(store: ObjectStore, key: str, content: bytes | bytearray) -> None:
@@ -62,6 +63,21 @@ def list_objects(store: ObjectStore) -> set[str]:
 def list_sizes(store: ObjectStore) -> dict[str, int]:
     """Keys of all packs and large files of the store, with their bytes."""
     return {meta["path"]: meta["size"] for prefix in ("packs", "files") for meta in list_metadata(store, prefix)}
+
+
+def find_missing(store: ObjectStore, keys: set[str]) -> set[str]:
+    """Those of the packs and large files that the store lacks. A few are asked for one by one, as a listing is of all that it has."""
+    import obstore
+
+    if len(keys) > HEADS:
+        return keys - list_sizes(store).keys()
+    missing: set[str] = set()
+    for key in keys:
+        try:
+            obstore.head(store, key)
+        except FileNotFoundError:
+            missing.add(key)
+    return missing
 
 
 def object_names(keys: Iterable[str]) -> set[str]:

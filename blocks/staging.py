@@ -8,11 +8,12 @@ What garbage collection may delete meanwhile is argued in `blocks.garbage`.
 from __future__ import annotations
 
 import io
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,15 +21,16 @@ from typing import Literal
 
 from blocks.concurrency import AdaptivePool
 from blocks.counting import Counting, Counts
-from blocks.leases import Lease, check_generation, settled_generation, until_uncollected
+from blocks.learning import Learner
+from blocks.leases import Lease, StoreChanged, check_generation, settled_generation, until_unchanged
 from blocks.reading import MEMORY_BYTES, Read, read_files, take_read
-from blocks.refs import Ref, move_ref, newest_refs, read_ref, ref_key
+from blocks.refs import Ref, move_ref, read_ref, ref_key
 from blocks.scanning import Scan, Stat, place_within
-from blocks.sending import list_objects, list_sizes, object_names
+from blocks.sending import find_missing, list_objects, list_sizes, object_names
 from blocks.stat_cache import StatCache
 from blocks.uploads import LARGE_BYTES, Uploader
 from trainer.errors import ExitCode, TrainerError
-from trainer.packs import ManifestHeader, StagedFile, VersionHash, manifest_key, write_manifest
+from trainer.packs import ManifestHeader, VersionHash, manifest_key, write_manifest
 from trainer.silence import SilenceWatch
 from trainer.storage import SEND_SECONDS, folders_told_plainly, open_store, to_uri, told_plainly
 
@@ -41,7 +43,6 @@ FIRST_READERS = 1
 AHEAD_BYTES = 32 * 2**20  # read and not yet packed
 AHEAD_BATCHES = 8
 MAX_DEPTH = 8  # manifests that say only what differs, before one says all again
-OTHER_NAMES = 16  # datasets of the store that a new one is compared with, those staged last first
 MAX_SHARE = 0.25  # of the files; where more differs, the manifest says all again
 
 
@@ -103,7 +104,7 @@ def stage_folder(
         SilenceWatch(on_silence, SEND_SECONDS) as silence,
         Counting(Scan(root, None, inner), counts) if on_progress and only is None else nullcontext(),
     ):
-        ref, scan = until_uncollected(work, store_uri)
+        ref, scan = until_unchanged(work, store_uri)
     seconds = time.monotonic() - started
     return Staged(name, ref.version, store_uri, ref.files, ref.bytes, counts.changed_files, counts.sent_bytes, seconds, scan.left_out)
 
@@ -115,64 +116,57 @@ class _Stager:
         self.counts, self.silence = counts, silence
         self.tell = partial(tell, counts)
         self.lease = Lease(self.store, name)
+        self.learner = Learner(self.store, uri, name, cache)
+        self.new_bytes = 0  # of contents that nothing was known of when they were read
         self.readers = AdaptivePool(FIRST_READERS, READERS, reads_files=True)
         self.uploader = Uploader(uri, root, cache, counts, silence, self.tell)
 
     def run(self, scan: Scan, *, again: bool) -> tuple[Ref, Scan]:
         ref, _ = read_ref(self.store, self.uri, self.name)
         base = self._trust(ref, again=again)
-        changed = self._send(self.cache.changes(scan.files(), self.counts, distrust=not base))
-        if ref is not None and base and not changed:
-            return ref, scan
+        with closing(self.cache.changes(scan.files(), self.counts, distrust=base is None)) as changes:
+            changed = self._send(changes)
+        if base is not None and not changed:
+            return base, scan
         newest = self._write_manifest(base, again=again)
-        if ref is not None and newest.version == ref.version == base:  # files were written anew with the same content
-            self.cache.commit(ref.version, ref.depth)
-            return ref, scan
+        if base is not None and newest is base:  # files were written anew with the same content
+            self.cache.commit(base.version)
+            return base, scan
         with self.silence.asking():
             move_ref(self.uploader.store, self.uri, self.name, newest)
         check_generation(self.store, self.uri, self.cache.get("generation"))
-        self.cache.commit(newest.version, newest.depth)
+        self.cache.commit(newest.version)
         return newest, scan
 
-    def _trust(self, ref: Ref | None, *, again: bool) -> str:
-        """The version to write the difference to. Empty where the store is not as this cache left it; then it is asked what it has."""
+    def _trust(self, ref: Ref | None, *, again: bool) -> Ref | None:
+        """What to write the difference to. None where the store is not as this cache left it; then it is asked what it has.
+
+        Of the store no more is believed by this than that it has the version that its ref names: `_require_remembered` sees to the rest.
+        """
         if ref is not None and ref.version == self.cache.get("version") and not self.cache.get("dirty") and not again:
-            return ref.version
+            return ref
         self.cache.set("dirty", "1")
         self.lease.confirm()
         self.cache.set("generation", settled_generation(self.store, self.uri, self.lease.store_time))
         if again:
             self._compare(ref)
-            return ""
+            return None
         # A new name may well be of files that the store has under another.
-        for known in [ref] if ref is not None else newest_refs(self.store, self.uri)[:OTHER_NAMES]:
-            self._learn(known.version)
-        self.uploader.listed = list_sizes(self.store)
+        self.uploader.listed = (self.learner.learn_others(math.inf) if ref is None else {}) or list_sizes(self.store)
+        if ref is not None:
+            self.learner.learn(ref.version, self.uploader.listed)
         self.cache.keep_placed(object_names(self.uploader.listed))
-        return ""
-
-    def _learn(self, version: str, *, anew: bool = False) -> bool:
-        """Where the files of a version lie; with `anew`, nothing else is known then. False where its manifest is gone or damaged."""
-        with suppress(TrainerError), self.cache.writer:  # it says nothing, and is written anew
-            self.cache.writer.execute("BEGIN")
-            if anew:
-                self.cache.forget_placed()
-            self.cache.add_placed((file.sha256, file.pack, file.offset) for file in self._files_of(version))
-            return True
-        return False
-
-    def _files_of(self, version: str) -> Iterator[StagedFile]:
-        from trainer.fetching import read_version
-
-        return (file for file in read_version(self.store, version)[1] if not file.in_place)
+        return None
 
     def _compare(self, ref: Ref | None) -> None:
         """Believes of the store only what is read there now and is right. An object of which a part is wrong is sent anew as a whole."""
         from trainer.verifying import find_wrong
 
+        self.learner.look_at = math.inf  # nobody has compared what the others have
+        self.cache.set("others", "")
         self.cache.forget_stats()
-        if ref is not None and self._learn(ref.version, anew=True):
-            files = self._files_of(ref.version)
+        if ref is not None and self.learner.learn(ref.version):
+            files = self.learner.files_of(ref.version)
         else:  # this machine may know what the manifest said
             self.cache.keep_placed_of_seen()
             files = self.cache.staged_files()
@@ -235,6 +229,11 @@ class _Stager:
             return
         digests = [read.digest for read in found]
         known = self.uploader.pending.intersection(digests) | self.cache.find_placed_among(digests)
+        new = {read.digest: read.stat.size for read in found if read.digest not in known}
+        self.new_bytes += sum(new.values())
+        if new and self.new_bytes >= self.learner.look_at:
+            self._ask_others()
+            known |= self.cache.find_placed_among(list(new))
         for read in found:
             self.counts.changed_files += 1
             self.counts.read_bytes += read.stat.size
@@ -246,9 +245,17 @@ class _Stager:
         self.cache.add_seen((read.path, read.stat, read.digest) for read in found)
         self.tell()
 
+    def _ask_others(self) -> None:
+        """Whether another dataset of the store has what is new here. Nothing that it has goes from here on until the ref has moved."""
+        self.cache.writer.execute("COMMIT")
+        self.lease.confirm()
+        check_generation(self.store, self.uri, self.cache.get("generation"))
+        self.uploader.listed |= self.learner.learn_others(self.new_bytes)
+        self.cache.writer.execute("BEGIN")
+
     # --- The commit ---
 
-    def _write_manifest(self, base: str, *, again: bool) -> Ref:
+    def _write_manifest(self, base: Ref | None, *, again: bool) -> Ref:
         import obstore
 
         total = VersionHash()
@@ -257,18 +264,20 @@ class _Stager:
         version = total.hexdigest()
         if not total.files:
             raise TrainerError(f"{self.root} has no files to stage", hint="check the folder and .trainyardignore", code=ExitCode.DATA)
-        if version == base:
-            return Ref(version=version, files=total.files, bytes=total.bytes)
+        if base is not None and version == base.version:
+            return base
         self.lease.confirm()
         check_generation(self.store, self.uri, self.cache.get("generation"))
         found = "damaged" if again else self._find_manifest(version)
         if isinstance(found, Ref):
             return found
-        depth = int(self.cache.get("depth") or 0) + 1
-        difference = bool(base) and found == "none" and depth <= MAX_DEPTH and self.cache.count_difference() < MAX_SHARE * total.files
+        depth = base.depth + 1 if base is not None else 0
+        difference = found == "none" and 0 < depth <= MAX_DEPTH and self.cache.count_difference() < MAX_SHARE * total.files
+        if base is not None:
+            self._require_remembered(difference=difference)
         header = ManifestHeader(
             version=version,
-            base=base if difference else None,
+            base=base.version if base is not None and difference else None,
             depth=depth if difference else 0,
             files=total.files,
             bytes=total.bytes,
@@ -280,6 +289,16 @@ class _Stager:
             obstore.put(self.uploader.store, manifest_key(version), out.getbuffer())
         self.counts.sent_bytes += out.tell()
         return Ref(version=version, files=total.files, bytes=total.bytes, depth=header.depth)
+
+    def _require_remembered(self, *, difference: bool) -> None:
+        """What the manifest names and this stage has not sent, the cache only remembers: of a store that may have been emptied since,
+        and filled from another machine or a copy, with the same version in other packs.
+
+        Raises StoreChanged where any of it is gone.
+        """
+        remembered = self.cache.objects(difference=difference) - self.uploader.arrived - self.uploader.listed.keys()
+        if find_missing(self.store, remembered):
+            raise StoreChanged
 
     def _find_manifest(self, version: str) -> Ref | Literal["none", "damaged"]:
         """A version that was there before keeps its manifest: others may say what differs from it, so it must not refer to them."""

@@ -12,7 +12,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice, starmap
 from pathlib import Path
@@ -24,7 +24,7 @@ from blocks.errors import ServiceUnavailable
 from blocks.places import home
 from blocks.scanning import Stat
 from trainer.locks import holding
-from trainer.packs import StagedFile
+from trainer.packs import StagedFile, file_key, pack_key
 
 SCHEMA_VERSION = 1
 RACY_NS = 2_000_000_000
@@ -96,10 +96,10 @@ class StatCache:
     def set(self, key: str, value: str) -> None:
         self.writer.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
-    def changes(self, files: Iterable[tuple[str, Stat]], counts: Counts, *, distrust: bool) -> Iterator[tuple[str, Stat | None]]:
+    def changes(self, files: Iterable[tuple[str, Stat]], counts: Counts, *, distrust: bool) -> Generator[tuple[str, Stat | None]]:
         """Files that are new, changed, gone (no stat) or, with `distrust`, known and in no known pack. The others are counted as reused.
 
-        Both sides are sorted, so a row of each is all that is held.
+        Both sides are sorted, so a row of each is all that is held. To be closed, as it goes on seeing the cache as it was.
         """
         where = "LEFT JOIN placed USING (sha256)" if distrust else ""
         column = "placed.sha256 IS NOT NULL" if distrust else "1"
@@ -185,6 +185,12 @@ class StatCache:
         changed = self.writer.execute("SELECT count(*) FROM seen WHERE staged IS NOT sha256").fetchone()[0]
         return changed + self.writer.execute("SELECT count(*) FROM gone").fetchone()[0]
 
+    def objects(self, *, difference: bool) -> set[str]:
+        """Keys of the packs and large files that a manifest's lines name."""
+        where = "WHERE staged IS NOT seen.sha256" if difference else ""
+        query = f"SELECT DISTINCT pack, iif(pack = '', sha256, NULL) FROM seen JOIN placed USING (sha256) {where}"  # noqa: S608 - constants
+        return {pack_key(pack) if pack else file_key(digest) for pack, digest in self.reader.execute(query)}
+
     def packs(self, *, difference: bool) -> list[str]:
         where = "AND staged IS NOT seen.sha256" if difference else ""
         query = f"SELECT DISTINCT pack FROM seen JOIN placed USING (sha256) WHERE pack != '' {where} ORDER BY pack"  # noqa: S608
@@ -206,12 +212,11 @@ class StatCache:
         for row in self.reader.execute(query):
             yield row[0] if row[1] is None else StagedFile(*row)
 
-    def commit(self, version: str, depth: int) -> None:
+    def commit(self, version: str) -> None:
         """The store's newest version is what was seen."""
         self.writer.execute("BEGIN")
         self.writer.execute("UPDATE seen SET staged = sha256 WHERE staged IS NOT sha256")
         self.writer.execute("DELETE FROM gone")
         self.set("version", version)
-        self.set("depth", str(depth))
         self.set("dirty", "")
         self.writer.execute("COMMIT")

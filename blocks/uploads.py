@@ -77,6 +77,7 @@ class Uploader:
         self.on_counts = on_counts
         self.listed: dict[str, int] = {}
         self.pending: set[bytes] = set()  # on its way to the store
+        self.arrived: set[str] = set()  # keys of what was sent
         self._pack = Pack()
         self._pool = AdaptivePool(FIRST_SENDERS, SENDERS)
         self._flying: dict[Future[None], Upload] = {}
@@ -146,6 +147,7 @@ class Uploader:
             self.counts.sent_bytes += upload.bytes
             self.counts.done_files += len(upload.rows)
             self.counts.done_bytes += upload.content
+            self.arrived.add(upload.key)
             self._place(upload.rows)
         if arrived:
             self.cache.writer.execute("COMMIT")

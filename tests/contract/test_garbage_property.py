@@ -77,6 +77,8 @@ class Store(RuleBasedStateMachine):
         self.patch.setattr("blocks.uploads.PACK_BYTES", 2000)
         self.patch.setattr("blocks.uploads.LARGE_BYTES", 400)
         self.patch.setattr("blocks.staging.READ_FILES", 3)
+        self.patch.setattr("blocks.learning.LOOK_BYTES", 200)
+        self.patch.setattr("blocks.learning.FILE_BYTES", 50)
         self.patch.setattr("blocks.leases.LOOK_SECONDS", 0.0)
         self.uri = (self.folder / "store").as_uri()
         self.store = open_store(self.uri)
@@ -133,6 +135,19 @@ class Store(RuleBasedStateMachine):
     def lose_the_cache(self) -> None:
         shutil.rmtree(self.folder / "home/staging", ignore_errors=True)
 
+    @rule()
+    def fill_anew_from_elsewhere(self) -> None:
+        """Somebody empties the store, and another machine brings what the folders have now, packed otherwise."""
+        for path in (self.folder / "store").iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.pins.clear()
+        self.versions.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRAINYARD_HOME", str(self.folder / "elsewhere"))
+            patch.setattr("blocks.uploads.PACK_BYTES", 700)
+            for name in NAMES:
+                self.stage(name, {}, False)
+
     @rule(name=NAME)
     def remove_a_ref(self, name: str) -> None:
         if name in list_refs(self.store, self.uri):
@@ -177,9 +192,9 @@ class Store(RuleBasedStateMachine):
             self.collect_garbage(grace)
         self.pass_time(1)  # else every stage that follows waits for it to be over
 
-    @rule(name=NAME, changes=CHANGES, at=MOMENTS, asleep=st.booleans())
-    def stage_beside_a_collection(self, name: str, changes: dict[str, bytes | None], at: int, asleep: bool) -> None:
-        """Just before one of its writes; where the stage was `asleep`, its lease has ended."""
+    @rule(name=NAME, changes=CHANGES, at=MOMENTS, asleep=st.booleans(), alone=st.booleans())
+    def stage_beside_a_collection(self, name: str, changes: dict[str, bytes | None], at: int, asleep: bool, alone: bool) -> None:
+        """Just before one of its writes; where the stage was `asleep`, its lease has ended; `alone`, the other dataset's ref is gone."""
         put, puts = obstore.put, [0]
 
         def meddling(store: Any, path: str, *arguments: Any, **options: Any) -> Any:
@@ -188,6 +203,9 @@ class Store(RuleBasedStateMachine):
                 puts[0] += 1
                 if asleep:
                     obstore.delete(store, list(list_paths(store, "leases")))
+                if alone:
+                    for other in set(NAMES) - {name}:
+                        self.remove_a_ref(other)
                 self.collect_garbage(timedelta(0))
             return put(store, path, *arguments, **options)
 

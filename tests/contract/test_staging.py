@@ -6,11 +6,13 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from blocks.garbage import Policy, collect, open_marker
 from blocks.refs import list_refs, read_ref, resolve_version
 from blocks.staging import Staged, stage_folder
 from blocks.uploads import LARGE_BYTES
@@ -100,6 +102,34 @@ def test_a_store_that_was_emptied_is_filled_again(store_uri: str, source: Path, 
     assert again.version == first.version
     fetch_version(store_uri, first.version, tmp_path / "copy")
     assert_same(source, tmp_path / "copy")
+
+
+def test_a_store_that_was_emptied_and_filled_from_another_home_is_asked_what_it_has(
+    store_uri: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the version that this home knows, in other packs. Only what is gone is sent, and the version before is whole, too."""
+    import obstore
+
+    images = sorted(source.rglob("img *.jpg"))
+    old = {path: path.read_bytes() for path in images}
+    for path in images[:4]:
+        touch_old(path, old[path] + b"first")
+    stage_folder(source, store_uri)
+    for path in images[:4]:
+        touch_old(path, old[path])
+    first = stage_folder(source, store_uri)
+    obstore.delete(open_store(store_uri), sorted(objects(store_uri)))
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TRAINYARD_HOME", str(tmp_path / "other home"))
+        elsewhere.setattr("blocks.uploads.PACK_BYTES", 60_000)
+        assert stage_folder(source, store_uri).version == first.version
+    for path in images[:4]:
+        touch_old(path, old[path] + b"first")
+    touch_old(source / "d0-1", b"new")
+    second = stage_folder(source, store_uri)
+    assert second.sent_bytes < 60_000
+    for staged in (first, second):
+        assert verify_version(store_uri, staged.version).files == staged.files
 
 
 def test_two_stagers_at_once_lose_nothing(store_uri: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +285,27 @@ def test_names_and_versions_are_found(store_uri: str, source: Path) -> None:
 def test_an_unwritable_name_is_refused(store_uri: str, source: Path, name: str) -> None:
     with pytest.raises(TrainerError, match="no name of a dataset"):
         stage_folder(source, store_uri, name)
+
+
+def test_what_another_dataset_has_brought_meanwhile_is_not_sent_again(store_uri: str, source: Path, tmp_path: Path) -> None:
+    """Both have a version, and the same new files."""
+    import obstore
+
+    other = shutil.copytree(source, tmp_path / "other")
+    stage_folder(source, store_uri)
+    stage_folder(other, store_uri)
+    for root in (source, other):
+        for number in range(20):
+            touch_old(root / f"new {number}.jpg", b"%d" % number * 70_000)
+        touch_old(root / "new large.bin", b"large" * LARGE_BYTES)
+    first = stage_folder(other, store_uri)
+    assert first.sent_bytes > 6 * LARGE_BYTES
+    second = stage_folder(source, store_uri)
+    assert second.sent_bytes < LARGE_BYTES, "what was found before that was worth to ask"
+    assert stage_folder(source, store_uri).changed_files == 0
+    obstore.delete(open_store(store_uri), "refs/other.json")
+    collect(open_marker(store_uri), store_uri, Policy(grace=timedelta(0), keep_previous=0), ())
+    assert verify_version(store_uri, second.version).files == second.files
 
 
 def test_another_name_for_what_the_store_has_sends_no_content(store_uri: str, source: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import obstore
 import pytest
 
 from blocks.garbage import Policy, collect, open_marker
-from blocks.leases import MARK_KEY, CollectedMeanwhile, Collection, check_generation, read_mark, settled_generation, until_uncollected
+from blocks.leases import MARK_KEY, Collection, StoreChanged, check_generation, read_mark, settled_generation, until_unchanged
 from blocks.refs import delete_ref
 from blocks.staging import Staged, stage_folder
 from trainer.contract import ExitCode, TrainerError
@@ -119,14 +119,14 @@ def test_a_generation_is_told_from_the_next(store_uri: str) -> None:
     assert settled_generation(store, store_uri) == ""
     check_generation(store, store_uri, "")
     collection = Collection(store, store_uri)
-    with pytest.raises(CollectedMeanwhile):
+    with pytest.raises(StoreChanged):
         check_generation(store, store_uri, "")
     collection.end()
     collection.end()
     known = settled_generation(store, store_uri)
     check_generation(store, store_uri, known)
     Collection(store, store_uri).end()
-    with pytest.raises(CollectedMeanwhile):
+    with pytest.raises(StoreChanged):
         check_generation(store, store_uri, known)
     assert keys(store_uri, "") == {MARK_KEY, f"{MARK_KEY}.lock"}
 
@@ -146,10 +146,10 @@ def test_a_swap_whose_answer_was_lost_has_begun_the_collection(store_uri: str, m
 
 def test_collections_without_end_are_one_error(store_uri: str) -> None:
     def work() -> None:
-        raise CollectedMeanwhile
+        raise StoreChanged
 
     with pytest.raises(TrainerError, match="collected from it all the time") as refused:
-        until_uncollected(work, store_uri)
+        until_unchanged(work, store_uri)
     assert refused.value.code is ExitCode.UNAVAILABLE
 
 

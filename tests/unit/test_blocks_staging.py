@@ -3,8 +3,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import time
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from blocks.staging import stage_folder
 from blocks.stat_cache import StatCache
 from trainer.errors import TrainerError
 from trainer.storage import open_store
+from trainer.verifying import verify_version
 
 
 def done(*paths: str) -> Future[list[Read]]:
@@ -137,3 +140,51 @@ def test_how_much_there_is_in_all_is_counted_for_whoever_watches(tmp_path: Path,
 def test_a_file_that_vanishes_before_it_is_read_is_told_as_gone(tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match="vanished while the folder was staged"):
         read_file(str(tmp_path / "gone.jpg"), "gone.jpg")
+
+
+# --- A store that is not as the cache remembers it -------------------------------------------------------
+
+
+def write_numbers(root: Path, numbers: Iterable[int]) -> None:
+    root.mkdir(exist_ok=True)
+    for place, number in enumerate(numbers):
+        (root / f"{place:02d}.txt").write_bytes(b"%d" % number * 100)
+        os.utime(root / f"{place:02d}.txt", (1e9, 1e9 + number))
+
+
+@pytest.mark.parametrize("change", ["little", "much"])
+@pytest.mark.parametrize("store_now", ["staged from another home", "restored from a copy", "without what no ref needs"])
+def test_a_store_that_has_the_same_version_and_other_packs_gets_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store_now: str, change: str
+) -> None:
+    """The ref is as it was, the packs are not: what the manifest names is there all the same, and the version whole."""
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+    root, store = tmp_path / "set", tmp_path / "store"
+    numbers = list(range(20))
+    write_numbers(root, numbers)
+    first = stage_folder(root, str(store))
+    shutil.copytree(store, tmp_path / "copy")
+    before = set(store.rglob("*.tar"))
+    changed = [100, *numbers[1:]] if change == "little" else [*range(100, 110), *numbers[10:]]
+    write_numbers(root, changed)
+    second = stage_folder(root, str(store))
+    write_numbers(root, numbers)
+    assert stage_folder(root, str(store)).version == first.version
+    if store_now == "restored from a copy":
+        shutil.rmtree(store)
+        shutil.copytree(tmp_path / "copy", store)
+    elif store_now == "staged from another home":
+        shutil.rmtree(store)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setenv("TRAINYARD_HOME", str(tmp_path / "other home"))
+            elsewhere.setattr("blocks.uploads.PACK_BYTES", 2000)
+            assert stage_folder(root, str(store)).version == first.version
+    else:
+        for pack in set(store.rglob("*.tar")) - before:
+            pack.unlink()
+        (store / f"manifests/{second.version}.jsonl.gz").unlink()
+    write_numbers(root, changed)
+    again = stage_folder(root, str(store))
+    assert again.version == second.version
+    assert verify_version(str(store), again.version).files == 20
+    assert stage_folder(root, str(store)).changed_files == 0
