@@ -340,6 +340,6 @@ def load_profile(name: str) -> Profile:
         return asyncio.run(loaded) if asyncio.iscoroutine(loaded) else loaded  # type: ignore[arg-type]
     raise ConfigError(
         f"no profile is saved under the name {name!r}",
-        hint="`trainyard profile save`, or the Prefect UI under Blocks (Trainyard ...); each Prefect server has its own: one saved before"
-        " `trainyard up` is not there. The profile `local` needs none",
+        hint="`trainyard profile save`, or the Prefect UI under Blocks (Trainyard ...); each Prefect server has its own."
+        " The profile `local` needs none",
     )

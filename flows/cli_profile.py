@@ -29,6 +29,8 @@ def save(name: str, file: str) -> None:
     server = prefect_settings.require_server()
     if server is None:
         click.echo("starting a temporary Prefect server to save it: about half a minute (`trainyard up` keeps one running)", err=True)
+        if not prefect_settings.has_own_database():
+            click.echo("PREFECT_HOME or a database is set for it: `trainyard up` has a database of its own, save it there, too", err=True)
     from blocks.profiles import save_profile
 
     saved = save_profile(name, str(fields.pop("provider", "")), fields)

@@ -1,15 +1,18 @@
 """Prefect's settings for a process of ours, set before Prefect is imported; whatever the user has set stays.
 
 Which server: the one that the environment or the active Prefect profile names, else the one that `trainyard up` keeps,
-else a temporary one.
+else a temporary one, on the database of `trainyard up`: what is saved without a server is there with it.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import tempfile
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -33,15 +36,42 @@ DEFAULTS = {
     "PREFECT_API_REQUEST_TIMEOUT": "30",
 }
 CHECK_SECONDS = 10.0
+ENV_ENCRYPTION_KEY = "PREFECT_SERVER_ENCRYPTION_KEY"
+# Whoever sets one of these has said where a temporary server keeps what it is told.
+DATABASE = ("PREFECT_HOME", "PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")
 
 
 def apply_defaults() -> None:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    if configured_server(os.environ) is not None:
+        return
     own = own_server()
-    if own is not None and own.get("ready") and configured_server(os.environ) is None:
+    if own is not None and own.get("ready"):
         os.environ["PREFECT_API_URL"] = own["url"]
         os.environ.setdefault("PREFECT_HOME", str(prefect_home()))
+    elif not names_database(os.environ):
+        use_own_database()
+
+
+def names_database(environment: Mapping[str, str]) -> bool:
+    """Whether the environment or the active Prefect profile says where a temporary server keeps what it is told."""
+    return any(name.startswith(DATABASE) for name in {**profile_settings(environment), **environment})
+
+
+def use_own_database() -> None:
+    """A temporary server of this process is then on the database of `trainyard up`. The other settings of the user's profile stay."""
+    profiles = profiles_path(os.environ)
+    if profiles.exists():
+        os.environ["PREFECT_PROFILES_PATH"] = str(profiles)
+    os.environ["PREFECT_HOME"] = str(prefect_home())
+    if encryption_key_path().exists():
+        os.environ[ENV_ENCRYPTION_KEY] = encryption_key()
+
+
+def has_own_database() -> bool:
+    """Whether a temporary server of this process is on the database of `trainyard up`."""
+    return os.environ.get("PREFECT_HOME") == str(prefect_home())
 
 
 def server_url() -> str | None:
@@ -57,6 +87,24 @@ def server_url() -> str | None:
 def prefect_home() -> Path:
     """Where `trainyard up` keeps Prefect's database and logs, apart from the user's own ``~/.prefect``."""
     return home() / "prefect"
+
+
+def encryption_key_path() -> Path:
+    return prefect_home() / "encryption.key"
+
+
+def encryption_key() -> str:
+    """The key of the blocks' secrets: not in the database, where Prefect itself would put it. Made once."""
+    path = encryption_key_path()
+    if path.exists():
+        return path.read_text().strip()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent) as fresh:  # readable by its user only
+        fresh.write(base64.urlsafe_b64encode(os.urandom(32)).decode())
+        fresh.flush()
+        with suppress(FileExistsError):  # another command was quicker: its key counts
+            os.link(fresh.name, path)
+    return path.read_text().strip()
 
 
 def lock_path() -> Path:
@@ -88,13 +136,17 @@ def configured_server(environment: Mapping[str, str]) -> str | None:
 
 def profile_settings(environment: Mapping[str, str]) -> dict[str, str]:
     """The settings of the active profile, of the user's file or of those that Prefect brings."""
-    folder = Path(environment.get("PREFECT_HOME") or "~/.prefect").expanduser()
-    own = _read_toml(Path(environment.get("PREFECT_PROFILES_PATH") or folder / "profiles.toml").expanduser())
+    own = _read_toml(profiles_path(environment))
     spec = find_spec("prefect")
     brought = _read_toml(Path(place) / "settings" / "profiles.toml") if (place := next(iter(_places(spec)), None)) else {}
     name = environment.get("PREFECT_PROFILE") or own.get("active") or brought.get("active")
     profiles = {**brought.get("profiles", {}), **own.get("profiles", {})}
     return {key: str(value) for key, value in profiles.get(name, {}).items()}
+
+
+def profiles_path(environment: Mapping[str, str]) -> Path:
+    folder = Path(environment.get("PREFECT_HOME") or "~/.prefect").expanduser()
+    return Path(environment.get("PREFECT_PROFILES_PATH") or folder / "profiles.toml").expanduser()
 
 
 def _places(spec: Any) -> list[str]:
@@ -114,13 +166,14 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def require_server() -> str | None:
-    """The configured server's address once it has answered, None where none is configured. Imports Prefect.
+    """The configured server's address once it has answered, None where a temporary one will do. Imports Prefect.
 
-    Raises ServiceUnavailable where it does not answer, AuthError where it wants a password, ConfigError where
+    Raises ServiceUnavailable where it does not answer or is just being started, AuthError where it wants a password, ConfigError where
     Prefect's client refuses its version. A server a little older than the client is used, as the client does.
     """
     url = server_url()
     if url is None:
+        prepare_temporary()
         return None
     import httpx
     from prefect import __version__ as client_version
@@ -146,6 +199,15 @@ def require_server() -> str | None:
     if problem := version_problem(version, client_version):
         raise ConfigError(f"the Prefect server at {shown} {problem}", hint="use the same major version of Prefect on both sides")
     return url
+
+
+def prepare_temporary() -> None:
+    """For a temporary server of this process. Raises ServiceUnavailable while `trainyard up` makes the database that it would use."""
+    if not has_own_database():
+        return
+    if own_server() is not None:
+        raise ServiceUnavailable("`trainyard up` is just starting its server", hint="the same command again, once `up` says: ready")
+    os.environ[ENV_ENCRYPTION_KEY] = encryption_key()
 
 
 def refused(shown: str, status: int) -> AuthError | ConfigError | ServiceUnavailable:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from blocks.errors import ConfigError
-from blocks.job import TrainRequest
+from blocks.job import Resources, TrainRequest
 from blocks.yaml_files import read_fields
 from trainer.contract import ExitCode, SplitConfig, TrainConfig, TrainerError, unknown_name_message
 
@@ -64,6 +64,7 @@ def request_options(function: Callable[..., Any]) -> Callable[..., Any]:
     function = click.option(
         "--model-param", "model_param", multiple=True, metavar="KEY=VALUE", help="A setting by the framework's own name."
     )(function)
+    function = add_options(Resources, list(Resources.model_fields))(function)
     function = add_options(TrainRequest, list(REQUEST_OPTIONS))(function)
     function = add_options(SplitConfig, list(SplitConfig.model_fields), "split_")(function)
     function = add_options(TrainConfig, config_names)(function)
@@ -75,6 +76,7 @@ def build_request(dataset: str, options: dict[str, Any]) -> TrainRequest:
     values = read_request_file(options["file"]) if options.get("file") else {}
     config = dict(values.get("config") or {})
     split = dict(values.get("split") or {})
+    resources = dict(values.get("resources") or {})
     for name, value in options.items():
         if value is None or name in ("file", "model_param"):
             continue
@@ -82,12 +84,14 @@ def build_request(dataset: str, options: dict[str, Any]) -> TrainRequest:
             split[name.removeprefix("split_")] = value
         elif name in TrainConfig.model_fields:
             config[name] = json_or_file(value) if name == "augmentations" else value
+        elif name in Resources.model_fields:
+            resources[name] = value
         elif name in TrainRequest.model_fields:
             values[name] = value
     if options.get("model_param"):
         config["model_params"] = {**config.get("model_params", {}), **dict(parse_pair(pair) for pair in options["model_param"])}
     config |= {name: absolute(config[name]) for name in ("weights", "model") if isinstance(config.get(name), str)}
-    values |= {"dataset": absolute_path(dataset), "config": config, "split": split}
+    values |= {"dataset": absolute_path(dataset), "config": config, "split": split, "resources": resources}
     values |= {name: absolute_path(values[name]) for name in ("output", "store", "labels") if isinstance(values.get(name), str)}
     try:
         return TrainRequest.model_validate(values)

@@ -6,7 +6,6 @@ among what is stopped: they are nobody's children and live in sessions of their 
 
 from __future__ import annotations
 
-import base64
 import os
 import secrets
 import signal
@@ -24,7 +23,7 @@ from typing import IO
 import psutil
 
 from blocks.errors import ConfigError, ServiceUnavailable
-from flows.prefect_settings import details_path, prefect_home
+from flows.prefect_settings import ENV_ENCRYPTION_KEY, details_path, encryption_key, prefect_home
 from trainer.contract import ENV_HOME, ExitCode
 
 HOST = "127.0.0.1"
@@ -63,27 +62,13 @@ def build_environment(environment: Mapping[str, str], trainyard_home: Path, port
     }
 
 
-def build_server_environment(environment: Mapping[str, str], encryption_key: str) -> dict[str, str]:
+def build_server_environment(environment: Mapping[str, str], key: str) -> dict[str, str]:
     """Pure. Leases on disk: with those in memory a server that is killed leaves concurrency slots occupied for good."""
     return dict(environment) | {
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-        "PREFECT_SERVER_ENCRYPTION_KEY": encryption_key,
+        ENV_ENCRYPTION_KEY: key,
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     }
-
-
-def encryption_key(folder: Path) -> str:
-    """The key of the blocks' secrets: not in the database, where Prefect itself would put it. Made once."""
-    path = folder / "encryption.key"
-    if path.exists():
-        return path.read_text().strip()
-    key = base64.urlsafe_b64encode(os.urandom(32)).decode()
-    fresh = path.with_suffix(".new")
-    fresh.unlink(missing_ok=True)
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(key)
-    fresh.rename(path)
-    return key
 
 
 def require_free_port(port: int) -> None:
@@ -250,7 +235,7 @@ class Stack:
         folder = prefect_home()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.environment = build_environment(os.environ, self.trainyard_home, self.port, self.token)
-        server_environment = build_server_environment(self.environment, encryption_key(folder))
+        server_environment = build_server_environment(self.environment, encryption_key())
         serve = ("server", "start", "--host", HOST, "--port", str(self.port))
         self.server = Service("server", serve, server_environment)
         self.worker = Service(

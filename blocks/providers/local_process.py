@@ -286,6 +286,8 @@ def launch(argv: list[str], folder: Path) -> str:
         with (folder / AttemptLayout.LOG).open("ab") as output:
             subprocess.run(
                 [*argv, "--detach", "--ready-fd", str(write_end)],
+                # A training needs nothing of the flow's server, whose logins and keys are among these.
+                env={name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
                 check=False,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

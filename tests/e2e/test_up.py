@@ -27,6 +27,7 @@ pytestmark = pytest.mark.e2e
 CONFIG: dict[str, Any] = {"model": "yolo11-pico", "epochs": 400, "batch_size": 4, "image_size": 64, "workers": 0, "device": "cpu"}
 TINY = ["--model", "yolo11-pico", "--batch-size", "4", "--image-size", "64", "--workers", "0", "--device", "cpu"]
 READY_SECONDS = 240
+TOKEN = "made-up-5d1c"
 
 
 class Receiver(http.server.BaseHTTPRequestHandler):
@@ -104,6 +105,10 @@ class Up:
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory, webhook: tuple[str, list[dict[str, Any]]]) -> Iterator[Up]:
     made = Up(tmp_path_factory.mktemp("up"), free_port())
+    profile = made.stack.folder / "profile.yaml"
+    profile.write_text(f"provider: kubernetes\nnamespace: vision\napi_server: https://cluster\ntoken: {TOKEN}\n")
+    saved = made.stack.command("trainyard", "profile", "save", "earlier", "--file", str(profile))
+    assert saved.returncode == 0, saved.stderr
     try:
         made.start("--notify", webhook[0])
         yield made
@@ -128,6 +133,16 @@ def test_one_command_brings_everything(up: Up) -> None:
     assert not (Path(up.stack.environment["HOME"]) / ".prefect").exists(), "the user's own Prefect is not touched"
     key = up.stack.home / "prefect" / "encryption.key"
     assert key.stat().st_mode & 0o077 == 0
+
+
+def test_a_profile_saved_before_up_is_there_and_its_secret_is_not_in_the_database(up: Up) -> None:
+    document = up.watched.api("/block_types/slug/trainyard-kubernetes/block_documents/name/earlier?include_secrets=true")
+    assert document["data"]["token"] == TOKEN
+    found = up.stack.command("trainyard", "profile", "save", "earlier", "--file", str(up.stack.folder / "profile.yaml"))
+    assert "temporary" not in found.stderr
+    files = list((up.stack.home / "prefect").glob("prefect.db*"))
+    assert files
+    assert not any(TOKEN.encode() in path.read_bytes() for path in files)
 
 
 def test_second_up_says_where_the_first_is(up: Up) -> None:

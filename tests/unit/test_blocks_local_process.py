@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from blocks.job import FailureReason, JobSpec, JobState
-from blocks.providers.local_process import LocalProvider, LocalSettings, parse_status
+from blocks.providers.local_process import LocalProvider, LocalSettings, launch, parse_status
 from trainer.contract import DatasetRef, ExitRecord, JobFile, Phase, Progress, TrainConfig, utc_now
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "local"
@@ -75,3 +76,12 @@ def test_states(found: dict[str, Any], state: JobState, reason: FailureReason | 
     status = parse_status(found)
     assert (status.state, status.reason) == (state, reason)
     assert status.message or status.state not in (JobState.FAILED,) or status.exit_code
+
+
+def test_a_training_gets_nothing_of_the_flows_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_KEY", "made-up-77f0")
+    monkeypatch.setenv("TRAINYARD_SEEN", "yes")
+    assert launch([sys.executable, "-c", "import os; print(dict(os.environ))"], tmp_path) == ""
+    [said] = (path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    assert "TRAINYARD_SEEN" in said
+    assert "PREFECT" not in said

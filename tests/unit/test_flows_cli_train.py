@@ -22,7 +22,7 @@ from blocks.record import Outcome, RunRecord, describe_dataset_change, request_h
 from blocks.staging import stage_folder
 from flows import cli_runs, drafting, running
 from flows.cli import app
-from flows.requesting import add_options
+from flows.requesting import add_options, build_request, request_options
 from tests.unit.test_blocks_attempts import make_plan
 from tests.unit.test_blocks_record import run_file
 from trainer.contract import ExitCode, FailureReason, TrainerError, UserInput
@@ -71,6 +71,22 @@ def test_a_yes_or_no_is_a_flag_that_may_be_left_to_the_file(given: list[str], ex
     text = CliRunner().invoke(command, ["--help"]).output
     assert "--trust / --no-trust" in text
     assert "[default: off]" in text
+
+
+def test_the_machine_is_chosen_by_options_which_win_over_the_file(tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+
+    @click.command()
+    @request_options
+    def command(**options: Any) -> None:
+        seen.update(options)
+
+    file = tmp_path / "request.yaml"
+    file.write_text("resources:\n  instance_type: small\n  cpus: 4\n")
+    given = ["--file", str(file), "--instance-type", "t4", "--accelerator-count", "1", "--spot"]
+    assert CliRunner().invoke(command, given, catch_exceptions=False).exit_code == 0
+    asked = build_request("/data/cells", seen).resources
+    assert asked.model_dump(exclude_defaults=True) == {"instance_type": "t4", "cpus": 4, "accelerator_count": 1, "spot": True}
 
 
 # --- Attaching --------------------------------------------------------------------------------------------

@@ -50,15 +50,20 @@ def test_damaged_profiles_are_named(user: dict[str, str], tmp_path: Path) -> Non
         prefect_settings.configured_server(user)
 
 
-def test_command_finds_the_server_of_a_living_up_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The process's environment as that of a person who never used Prefect; Trainyard's home. What is set in it is taken back."""
+    for name in (*prefect_settings.DEFAULTS, "PREFECT_API_URL", "PREFECT_HOME", prefect_settings.ENV_ENCRYPTION_KEY):
+        monkeypatch.setenv(name, "")
     for name in [name for name in os.environ if name.startswith("PREFECT_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv(ENV_HOME, str(tmp_path / "home"))
-    monkeypatch.setenv("PREFECT_PROFILES_PATH", str(tmp_path / "none.toml"))
-    for name in (*prefect_settings.DEFAULTS, "PREFECT_API_URL", "PREFECT_HOME"):
-        monkeypatch.setenv(name, "")  # so that what is set below is taken back afterwards
-        monkeypatch.delenv(name)
+    monkeypatch.setenv("PREFECT_PROFILES_PATH", str(tmp_path / "profiles.toml"))
     (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+def test_command_finds_the_server_of_a_living_up_only(nobodys: Path) -> None:
     prefect_settings.details_path().write_text(json.dumps({"url": "http://127.0.0.1:1/api", "ready": True}))
     prefect_settings.apply_defaults()
     assert "PREFECT_API_URL" not in os.environ, "nobody holds the lock"
@@ -68,9 +73,42 @@ def test_command_finds_the_server_of_a_living_up_only(tmp_path: Path, monkeypatc
     try:
         prefect_settings.apply_defaults()
         assert os.environ["PREFECT_API_URL"] == "http://127.0.0.1:1/api"
-        assert os.environ["PREFECT_HOME"] == str(tmp_path / "home" / "prefect")
+        assert os.environ["PREFECT_HOME"] == str(nobodys / "prefect")
     finally:
         os.close(lock)
+
+
+def test_without_a_server_a_command_uses_the_database_of_up_and_its_key(nobodys: Path) -> None:
+    (nobodys.parent / "profiles.toml").write_text(PROFILES.replace("team", "alone", 1))
+    prefect_settings.apply_defaults()
+    assert os.environ["PREFECT_HOME"] == server.build_environment({}, nobodys, 4200, "token")["PREFECT_HOME"]
+    assert os.environ["PREFECT_PROFILES_PATH"] == str(nobodys.parent / "profiles.toml"), "the user's other settings stay"
+    assert not list(nobodys.iterdir()), "a command that only reads makes nothing"
+    prefect_settings.prepare_temporary()
+    assert os.environ["PREFECT_SERVER_ENCRYPTION_KEY"] == prefect_settings.encryption_key()
+
+
+def test_while_up_starts_no_other_server_is_started_on_its_database(nobodys: Path) -> None:
+    prefect_settings.apply_defaults()
+    lock = try_lock(prefect_settings.lock_path())
+    assert lock is not None
+    prefect_settings.details_path().write_text(json.dumps({"url": "http://127.0.0.1:1/api", "ready": False}))
+    try:
+        with pytest.raises(ServiceUnavailable, match="just starting") as refusal:
+            prefect_settings.prepare_temporary()
+        assert "ready" in refusal.value.hint
+    finally:
+        os.close(lock)
+
+
+@pytest.mark.parametrize("name", ["PREFECT_HOME", "PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"])
+def test_a_database_that_the_user_has_set_stays(nobodys: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, f"{nobodys}/theirs")
+    prefect_settings.apply_defaults()
+    prefect_settings.prepare_temporary()
+    assert os.environ[name] == f"{nobodys}/theirs"
+    assert not prefect_settings.has_own_database()
+    assert "PREFECT_SERVER_ENCRYPTION_KEY" not in os.environ
 
 
 @pytest.mark.parametrize(
@@ -120,12 +158,13 @@ def test_children_get_a_home_and_a_server_of_their_own_and_no_webhook(tmp_path: 
     assert server.build_server_environment(made, "key")["PREFECT_SERVER_ENCRYPTION_KEY"] == "key"
 
 
-def test_encryption_key_is_made_once_and_nobody_else_reads_it(tmp_path: Path) -> None:
+def test_encryption_key_is_made_once_and_nobody_else_reads_it(nobodys: Path) -> None:
     from cryptography.fernet import Fernet
 
-    key = server.encryption_key(tmp_path)
-    assert server.encryption_key(tmp_path) == key
-    assert stat.S_IMODE((tmp_path / "encryption.key").stat().st_mode) == 0o600
+    key = prefect_settings.encryption_key()
+    assert prefect_settings.encryption_key() == key
+    [path] = (nobodys / "prefect").iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     Fernet(key.encode())
 
 
