@@ -312,6 +312,8 @@ class KubernetesProvider(Provider[KubernetesSettings]):
     def _has_ended(self, ref: JobRef) -> bool:
         job = self._get_job(ref.native_id, ref.scope)
         if job is None:
+            with suppress(JobNotFound):  # else it may run on, in another cluster
+                self._vanished(ref, self.objects(ref.output_uri))
             return True
         stopped = CANCELLED_AT in child(job, "metadata", "annotations")
         return is_over(job) or (stopped and not self._pods_alive(job, ref))

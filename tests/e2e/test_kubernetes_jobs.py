@@ -182,7 +182,7 @@ def test_a_job_that_time_or_a_hand_removed_is_never_made_again(jobs: Jobs) -> No
 
     # Nor is it lost, or stopped, because this cluster is not the one that has it.
     other = ref.model_copy(update={"console_url": ref.console_url.replace(jobs.cluster.server, "https://other.example:6443")})
-    for act in (by_hand.poll, by_hand.cancel):
+    for act in (by_hand.poll, by_hand.cancel, by_hand.logs):
         with pytest.raises(ConfigError, match=r"was made at https://other\.example:6443: that may be another cluster"):
             act(other)
     ObjectFolder(ref.output_uri).put(AttemptLayout.EXIT, ExitRecord(exit_code=70, started_at=utc_now()).model_dump_json().encode())
