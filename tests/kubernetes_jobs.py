@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,12 +18,11 @@ from blocks.job import JobRef, JobSpec, JobState, JobStatus
 from blocks.providers.kubernetes_job import KubernetesProvider
 from blocks.providers.kubernetes_settings import KubernetesSettings
 from blocks.record import Receipt
-from tests.cluster import images, node
 from tests.cluster.cluster import Cluster
-from tests.images import trainer_labels
+from tests.kubernetes_images import import_image
 from tests.stack import REPOSITORY
 from tests.stores import StoreServer, new_store
-from trainer.contract import CONTRACT_VERSION, AttemptLayout, DatasetRef, TrainConfig, utc_now
+from trainer.contract import AttemptLayout, DatasetRef, TrainConfig, utc_now
 from trainer.storage import ObjectFolder
 
 SCRIPT_IMAGE = "trainyard.test/script"
@@ -36,32 +31,6 @@ ENTRYPOINT = ["/bin/sh", "-c", 'eval "$SCRIPT"', "trainer"]
 SMALL_CLASS = {"small": {"cpus": 0.05, "memory_gib": 0.0625, "usd_per_hour": 36.0}}
 SHIPPED = REPOSITORY / "deployments" / "kubernetes"
 WAIT = "trap 'echo leaving; exit 75' TERM; echo ready; while true; do sleep 0.2; done"
-
-
-def make_image(name: str, entrypoint: list[str], environment: list[str]) -> bytes:
-    """The cluster's busybox with another entry point, as `docker save` would write it."""
-    with tarfile.open(fileobj=io.BytesIO(images.small_image())) as archive:
-        parts = {name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]
-    config = json.loads(parts["config.json"])
-    config["config"] = {"Env": environment, "Entrypoint": entrypoint, "Labels": trainer_labels()}
-    manifest = [{"Config": "config.json", "RepoTags": [f"{name}:1"], "Layers": ["layer.tar"]}]
-    image = io.BytesIO()
-    with tarfile.open(fileobj=image, mode="w") as archive:
-        images.add_file(archive, "layer.tar", parts["layer.tar"])
-        images.add_file(archive, "config.json", json.dumps(config).encode())
-        images.add_file(archive, "manifest.json", json.dumps(manifest).encode())
-    return image.getvalue()
-
-
-def import_image(cluster: Cluster, name: str, entrypoint: list[str], environment: list[str]) -> str:
-    """Its name by digest, as a run's image is named."""
-    socket, tag = node.socket(cluster.place), f"{name}:1"
-    if not cluster.has_image(tag):
-        cluster.import_image(make_image(name, entrypoint, environment))
-    reference = f"{name}@{images.listed(socket)[tag]}"
-    if not cluster.has_image(reference):
-        images.ctr(socket, "images", "tag", tag, reference)
-    return reference
 
 
 def import_script_image(cluster: Cluster) -> str:
@@ -99,14 +68,6 @@ def granted(file: str, namespace: str) -> set[tuple[str, str, str]]:
 def host_folders() -> list[str]:
     """What its interpreter needs of this machine."""
     return ["/usr", "/lib", "/lib64", "/etc/ssl", sys.base_prefix, sys.prefix, str(REPOSITORY / "trainer")]
-
-
-def import_host_image(cluster: Cluster) -> str:
-    """Starts this environment's trainer; a pod that has `host_settings` has the folders."""
-    entrypoint = [sys.executable, "-P", "-m", "trainer"]
-    environment = [f"PATH={sys.prefix}/bin:/usr/bin:/bin", f"PYTHONPATH={REPOSITORY}", "PYTHONDONTWRITEBYTECODE=1"]
-    name = f"trainyard.test/host-{hashlib.sha256(f'{sys.prefix} {CONTRACT_VERSION}'.encode()).hexdigest()[:8]}"
-    return import_image(cluster, name, entrypoint, environment)
 
 
 def host_settings(cluster: Cluster, namespace: str, s3: StoreServer) -> dict[str, Any]:
@@ -207,11 +168,3 @@ def jobs_in(cluster: Cluster, s3: StoreServer, monkeypatch: pytest.MonkeyPatch) 
     name = import_script_image(cluster)
     with cluster.namespace("jobs") as namespace:
         yield Jobs(cluster, namespace, new_store(s3, monkeypatch), name)
-
-
-def push_host_image(cluster: Cluster, registry_host: str) -> str:
-    """`import_host_image`, in a registry, from where any machine gets it; its name by digest there."""
-    socket, name = node.socket(cluster.place), f"{registry_host}/trainyard-test/host:1"
-    images.ctr(socket, "images", "tag", "--force", import_host_image(cluster), name)
-    images.ctr(socket, "images", "push", "--plain-http", name)
-    return f"{name.rpartition(':')[0]}@{images.listed(socket)[name]}"

@@ -11,7 +11,8 @@ import pytest
 
 from tests.cluster.cluster import Cluster
 from tests.faults import FaultProxy, running_proxy
-from tests.kubernetes_jobs import host_settings, import_host_image, shipped
+from tests.kubernetes_images import import_host_image
+from tests.kubernetes_jobs import host_settings, shipped
 from tests.stores import StoreServer
 
 LOGIN_SECONDS = 4 * 3600  # the longest matrix takes less

@@ -159,10 +159,11 @@ def running_stack(folder: Path, **settings: str) -> Iterator[Stack]:
         assert created.returncode == 0, created.stdout + created.stderr
         deployed = made.command("prefect", "--no-prompt", "deploy", "--all", cwd=REPOSITORY)
         assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-        # Tests look for themselves at what nobody takes up; those of `reconcile` start it.
-        reconcile = made.api("/deployments/name/reconcile/local")
-        made.command("prefect", "deployment", "schedule", "pause", "reconcile/local", "--all")
-        assert reconcile["name"] == "local"
+        # Tests look for themselves at what nobody takes up; those of `reconcile` start it, whose schedule is the only one.
+        paused = made.command("prefect", "deployment", "schedule", "pause", "--all")
+        assert paused.returncode == 0, paused.stdout + paused.stderr
+        [schedule] = made.api("/deployments/name/reconcile/local")["schedules"]
+        assert schedule["active"] is False
         yield made
     finally:
         for process in [*made.workers, server]:

@@ -36,7 +36,8 @@ from tests.crash import CrashPlan, sitecustomize as crash
 from tests.docker_registry import running_registry
 from tests.e2e.test_command_line import TINY
 from tests.faults import Fault, FaultProxy, running_proxy
-from tests.kubernetes_jobs import host_settings, push_host_image
+from tests.kubernetes_images import push_host_image
+from tests.kubernetes_jobs import host_settings
 from tests.kubernetes_runs import KubernetesRuns, kubernetes_runs
 from tests.kubernetes_trainer import kubeconfig_through
 from tests.rig import KnownAccess
@@ -178,7 +179,7 @@ def lanes(stack: Stack, cluster: Cluster, s3: StoreServer, tmp_path_factory: pyt
     with kubernetes_runs(stack, cluster, s3, folder) as runs, running_registry(folder / "registry") as registry, ExitStack() as proxies:
         host = host_settings(cluster, runs.namespace, s3)
         fields = {name: host[name] for name in ("grace_seconds", "instance_classes", "pod_patch")}
-        fields |= {"image": push_host_image(cluster, registry.host)}
+        fields |= {"image": push_host_image(registry.host)}
         made: list[Lane] = []
         profiles: dict[str, dict[str, Any]] = {}
         for number in range(LANES):

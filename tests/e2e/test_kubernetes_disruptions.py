@@ -22,7 +22,8 @@ from tests.cluster.another_machine import another_machine, exit_code, output
 from tests.cluster.cluster import Cluster
 from tests.docker_registry import running_registry
 from tests.e2e.test_command_line import TINY
-from tests.kubernetes_jobs import host_settings, push_host_image
+from tests.kubernetes_images import push_host_image
+from tests.kubernetes_jobs import host_settings
 from tests.kubernetes_runs import KubernetesRuns, job_names, kubernetes_runs
 from tests.stack import Stack, wait_for
 from tests.stores import StoreServer
@@ -43,7 +44,7 @@ def runs(stack: Stack, cluster: Cluster, s3: StoreServer, tmp_path_factory: pyte
         settings = host_settings(cluster, made.namespace, s3)
         own = {name: settings[name] for name in ("grace_seconds", "pod_patch")}
         own["instance_classes"] = {"small": {"cpus": 0.1, "memory_gib": 3, "usd_per_hour": HOURLY_USD}}
-        made.save_profiles(disrupted={**own, "image": push_host_image(cluster, registry.host)})
+        made.save_profiles(disrupted={**own, "image": push_host_image(registry.host)})
         yield made
 
 

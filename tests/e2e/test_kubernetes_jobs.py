@@ -66,7 +66,12 @@ def test_the_server_takes_every_golden_job(cluster: Cluster) -> None:
 
 
 def test_life_of_a_job(jobs: Jobs) -> None:
-    provider = jobs.provider("echo hello $@; i=0; while [ $i -lt 3000 ]; do i=$((i+1)); echo line $i; done; sleep 2; echo end")
+    keys = {"AWS_SESSION_TOKEN": "made-up-1", "AZURE_STORAGE_ACCOUNT_NAME": "made-up-2", "AZURE_STORAGE_ACCOUNT_KEY": "made-up-3"}
+    jobs.cluster.apply(
+        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "store-keys"}, "stringData": keys}, namespace=jobs.namespace
+    )
+    script = "echo hello $@; i=0; while [ $i -lt 3000 ]; do i=$((i+1)); echo line $i; done; sleep 2"
+    provider = jobs.provider(f"{script}; echo {' '.join(f'${name}' for name in keys)}", env_secret="store-keys")
     plan = provider.plan(jobs.spec())
     provider.check_plan(plan)
     assert jobs.jobs() == []
@@ -80,7 +85,11 @@ def test_life_of_a_job(jobs: Jobs) -> None:
     assert seen[-1].cost_usd is not None
     assert 0 < seen[-1].cost_usd < 1
     lines = read_log(provider, ref)
-    assert lines == ["hello --max-runtime-seconds 600 --grace-seconds 5", *(f"line {number + 1}" for number in range(3000)), "end"]
+    assert lines == [
+        "hello --max-runtime-seconds 600 --grace-seconds 5",
+        *(f"line {number + 1}" for number in range(3000)),
+        " ".join(keys.values()),
+    ]
     assert [(found.native_id, status.state) for found, status in provider.list_jobs()] == [(ref.native_id, JobState.SUCCEEDED)]
 
 
