@@ -3,7 +3,8 @@
 Needed are, with all that they name: the versions of the refs; the newest of those before them; the versions of
 pins and of open runs of this machine; versions younger than the grace; and the manifests below each of these. An object
 of its own right is needed while it is younger than the grace. Only what has the name of a pack, large file, manifest,
-lease or pin is ever deleted; files that a manifest names outside of the store are not looked at.
+lease or pin is ever deleted, and what a process that died left half written in a folder; files that a manifest names outside
+of the store are not looked at.
 
 Why nothing is lost (stores are consistent: whoever reads after a write sees it):
 
@@ -35,17 +36,28 @@ The clocks of machines play no part: ages are differences of the store's own tim
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING
 
 import msgspec
 from pydantic import ValidationError
 
+from blocks.deletion import (
+    BATCH,
+    CONTENT,
+    KINDS,
+    PATTERNS,
+    UNFINISHED,
+    StoredObject,
+    delete_objects,
+    delete_unfinished,
+    list_kind,
+    list_unfinished,
+)
 from blocks.leases import DEAD_AFTER, Collection, LiveLease, read_lease, settled_generation
 from blocks.refs import KEPT_VERSIONS, list_refs
 from trainer.errors import ExitCode, TrainerError
@@ -55,19 +67,9 @@ from trainer.storage import open_store, told_plainly
 from trainer.store_records import AwareTime, StoreRecord
 
 if TYPE_CHECKING:
-    from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
 GRACE = timedelta(hours=24)
-BATCH = 1000  # objects that S3 deletes at a request
-DELETABLE = {
-    "manifests": re.compile(r"manifests/([0-9a-f]{64})\.jsonl\.gz"),
-    "packs": re.compile(r"packs/[0-9a-f]{2}/[0-9a-f]{64}\.tar"),
-    "files": re.compile(r"files/[0-9a-f]{2}/[0-9a-f]{64}"),
-    "leases": re.compile(r"leases/[\w-]+\.json"),
-    "pins": re.compile(r"pins/([\w-]+)\.json"),
-}
-CONTENT = ("manifests", "packs", "files")  # in the order of their deletion
 
 
 class Reason(StrEnum):
@@ -86,14 +88,6 @@ class PinFile(StoreRecord, frozen=True, kw_only=True):
     version: str
     created_at: AwareTime = msgspec.field(default_factory=utc_now)
     expires_at: AwareTime
-
-
-class StoredObject(NamedTuple):
-    key: str
-    kind: str
-    size: int
-    modified: datetime
-    tag: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +143,7 @@ def pin_version(store: ObjectStore, uri: str, run_id: str, version: str, days: f
         try:
             obstore.head(store, manifest_key(version))
         except FileNotFoundError as exc:
-            _delete_batch(store, [pin_key(run_id)])
+            delete_objects(store, [pin_key(run_id)])
             hint = "stage the dataset again"
             raise TrainerError(f"{uri} has no dataset version {version[:12]}", hint=hint, code=ExitCode.NOT_FOUND) from exc
 
@@ -157,7 +151,7 @@ def pin_version(store: ObjectStore, uri: str, run_id: str, version: str, days: f
 def unpin_version(store: ObjectStore, uri: str, run_id: str) -> None:
     """None there is fine."""
     with told_plainly(uri):
-        _delete_batch(store, [pin_key(run_id)])
+        delete_objects(store, [pin_key(run_id)])
 
 
 def _read_pin(store: ObjectStore, uri: str, key: str) -> PinFile | None:
@@ -242,12 +236,12 @@ def plan_collection(marker: Marker, uri: str, policy: Policy, run_versions: Iter
     """What a collection would free and what it would keep. Reads only."""
     store = marker.store
     # Leases before refs: a stage whose lease is gone has moved its ref.
-    leases = _list(store, "leases")
+    leases = list_kind(store, "leases")
     ages = {found.key: now - found.modified for found in leases}
     live = {key: read_lease(store, key, age) for key, age in ages.items() if age <= DEAD_AFTER}
     refs = list_refs(store, uri)
-    pins = [(found, _read_pin(store, uri, found.key)) for found in _list(store, "pins")]
-    objects = [found for kind in CONTENT for found in _list(store, kind)]
+    pins = [(found, _read_pin(store, uri, found.key)) for found in list_kind(store, "pins")]
+    objects = [found for kind in CONTENT for found in list_kind(store, kind)]
     manifests = {version: found for found in objects if (version := _version_of(found))}
     oldest_kept = now - policy.grace
 
@@ -262,32 +256,21 @@ def plan_collection(marker: Marker, uri: str, policy: Policy, run_versions: Iter
         yield from ((version, Reason.GRACE) for version, found in manifests.items() if found.modified > oldest_kept)
 
     garbage, kept = choose_garbage(objects, marker.mark(roots(), manifests), oldest_kept)
+    # Whoever is at work on such a file has a lease, or has not begun it ten minutes ago.
+    garbage += [found for found in list_unfinished(uri) if now - found.modified > max(policy.grace, DEAD_AFTER)]
     garbage += [found for found in leases if found.key not in live]
     garbage += [found for found, pin in pins if pin is not None and _is_over(found, pin, now)]
     return CollectionPlan(tuple(garbage), kept, tuple(lease for lease in live.values() if lease is not None))
 
 
 def _version_of(found: StoredObject) -> str:
-    matched = DELETABLE["manifests"].fullmatch(found.key)
+    matched = PATTERNS["manifests"].fullmatch(found.key)
     return matched[1] if matched else ""
 
 
 def _is_over(found: StoredObject, pin: PinFile, now: datetime) -> bool:
     """Both times in it are of one clock, so that their difference is right though that clock be wrong."""
     return now - found.modified > pin.expires_at - pin.created_at
-
-
-def _list(store: ObjectStore, kind: str) -> list[StoredObject]:
-    """The objects of a kind; what somebody else has put there is none of ours."""
-    import obstore
-
-    pages = cast("Iterable[Sequence[ObjectMeta]]", obstore.list(store, kind, chunk_size=1000))  # pyright: ignore[reportUnknownMemberType]
-    return [
-        StoredObject(meta["path"], kind, meta["size"], meta["last_modified"], meta["e_tag"] or "")
-        for page in pages
-        for meta in page
-        if DELETABLE[kind].fullmatch(meta["path"])
-    ]
 
 
 def versions_of_open_runs() -> set[str]:
@@ -336,13 +319,17 @@ def collect(marker: Marker, uri: str, policy: Policy, run_versions: Iterable[str
         collection.end()
         raise
     done = 0
-    for kind in DELETABLE:
+    for kind in KINDS:
         keys = [found.key for found in plan.garbage if found.kind == kind]
         for start in range(0, len(keys), BATCH):
             if not collection.may_delete():
                 break
-            _delete_batch(marker.store, keys[start : start + BATCH])
-            done += len(keys[start : start + BATCH])
+            some = keys[start : start + BATCH]
+            if kind == UNFINISHED:
+                delete_unfinished(uri, some)
+            else:
+                delete_objects(marker.store, some)
+            done += len(some)
     collection.end()
     return Freed(done, sum(found.size for found in plan.garbage[:done]), len(plan.garbage) - done)
 
@@ -351,15 +338,3 @@ def occupied_error(uri: str, leases: Sequence[LiveLease]) -> TrainerError:
     more = f" (and {len(leases) - 1} more)" if len(leases) > 1 else ""
     hint = "try again when it is done, or when its lease has ended; nothing was freed"
     return TrainerError(f"{uri}: {leases[0]}{more}", hint=hint, code=ExitCode.OCCUPIED)
-
-
-def _delete_batch(store: ObjectStore, keys: list[str]) -> None:
-    """Some stores stop at the first key that is not there; then one after the other."""
-    import obstore
-
-    try:
-        obstore.delete(store, keys)
-    except FileNotFoundError:
-        if len(keys) > 1:
-            for key in keys:
-                _delete_batch(store, [key])

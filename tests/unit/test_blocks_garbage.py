@@ -3,6 +3,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner, Result
 
-from blocks.garbage import Reason, StoredObject, choose_garbage, open_marker, versions_of_open_runs
+from blocks.deletion import StoredObject
+from blocks.garbage import Reason, choose_garbage, open_marker, versions_of_open_runs
 from blocks.job import JobState
 from blocks.leases import LeaseFile, lease_key
 from blocks.outputs import remember_output
@@ -143,6 +147,40 @@ def test_gc_frees_what_is_old_and_not_needed(store_uri: str) -> None:
     assert (told["freed"]["objects"], told["freed"]["left"]) == (2, 0)
     assert told["garbage"]["packs"] == {"objects": 1, "bytes": 5120 + 512 + 1024}
     assert keys(store_uri) == {"gc.json"}
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from blocks.sending import put_file
+from trainer.storage import open_store
+put_file(open_store(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), bytes(32), 40 * 2**20, lambda: os.kill(os.getpid(), 9))
+"""
+
+
+def test_gc_frees_what_a_killed_stage_left_half_written_in_a_folder(store_uri: str, tmp_path: Path) -> None:
+    """obstore writes beside the object, under a name that it never lists, and renames at the end."""
+    (tmp_path / "large.bin").write_bytes(bytes(40 * 2**20))
+    key, folder = f"files/ab/{'ab' * 32}", Path(store_uri)
+    command = [sys.executable, "-c", KILLED, store_uri, key, str(tmp_path / "large.bin")]
+    assert subprocess.run(command, check=False, timeout=60).returncode == -signal.SIGKILL
+    [half] = folder.glob("files/ab/*")
+    assert half.name != Path(key).name
+    foreign = [folder / "files/ab/image.jpg#1", folder / "files/report#2", folder / "notes#1"]
+    for path in foreign:
+        path.write_bytes(b"mine")
+    ref = folder / "refs/cells.json#3"
+    ref.write_bytes(b"{")
+    assert "nothing to free" in call("gc", "--store", store_uri, "--grace", "0s", "--yes").output, "it may be under way"
+    for path in (half, ref, *foreign):
+        os.utime(path, (1e9, 1e9))
+    told = json.loads(call("gc", "--store", store_uri, "--json", "--yes").stdout)
+    assert told["garbage"]["unfinished"]["objects"] == told["freed"]["objects"] == 2
+    assert told["freed"]["left"] == 0
+    assert not half.exists()
+    assert not ref.exists()
+    assert all(path.exists() for path in foreign)
+    assert call("verify", "cells", "--store", store_uri).exit_code == 0
 
 
 def test_gc_says_what_stays_and_why(store_uri: str) -> None:
