@@ -127,6 +127,7 @@ def stage(path: str, store_uri: str, name: str | None, again: bool, as_json: boo
 @AS_JSON
 def fetch(version: str, store_uri: str, folder: str, as_json: bool) -> None:
     """Bring VERSION (a version, the beginning of one, or a dataset's name) to a folder, every file's sha256 compared."""
+    from blocks.places import verified_path
     from blocks.refs import find_version
     from trainer.fetching import fetch_version
 
@@ -137,7 +138,10 @@ def fetch(version: str, store_uri: str, folder: str, as_json: bool) -> None:
     kept = f"{place}.partial-{wanted[:12]} keeps what has come: the same command goes on from there"
     with telling_what_is_kept(ticker, kept):
         fetched = fetch_version(
-            store_uri, wanted, place, ticker.on_bytes, on_wait=lambda who: ticker.say(f"waiting for {who}"), on_silence=ticker.say
+            *(store_uri, wanted, place, ticker.on_bytes),
+            on_wait=lambda who: ticker.say(f"waiting for {who}"),
+            on_silence=ticker.say,
+            verified=verified_path(place),
         )
     ticker.end()
     seconds = time.monotonic() - started

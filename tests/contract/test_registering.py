@@ -72,8 +72,8 @@ def stored_bytes(uri: str, kinds: tuple[str, ...] = ("packs/", "files/")) -> int
     return sum(obstore.head(store, key)["size"] for key in objects(uri) if key.startswith(kinds))
 
 
-def fetched(store_uri: str, registered: Registered, to: Path) -> Path:
-    fetch_version(store_uri, registered.version, to)
+def fetched(store_uri: str, registered: Registered, to: Path, verified: Path | None = None) -> Path:
+    fetch_version(store_uri, registered.version, to, verified=verified)
     return to
 
 
@@ -100,12 +100,17 @@ def test_images_stay_and_a_training_finds_them_with_their_labels(store_uri: str,
     assert (registered.matched.images, registered.matched.unused, registered.matched.format) == (8, 0, "yolo")
     label_bytes = sum(path.stat().st_size for path in labels.rglob("*") if path.is_file())
     assert stored_bytes(store_uri) <= label_bytes + 9 * 1024 + 1024, "labels in their pack, and no image"
-    copy = fetched(store_uri, registered, tmp_path / "copy")
+    verified = tmp_path / "verified"
+    copy = fetched(store_uri, registered, tmp_path / "copy", verified)
     assert usable_images(copy) == 8
     for key in objects(data_uri):
         assert (copy / key).read_bytes() == bytes(obstore.get(open_store(data_uri), key).bytes())
     assert verify_version(store_uri, registered.version).files == 17
-    assert fetch_version(store_uri, registered.version, copy).fetched_files == 0
+    assert fetch_version(store_uri, registered.version, copy, verified=verified).fetched_files == 0
+    os.utime(copy / "images/val/val 0.png", (1e9, 1e9))
+    with pytest.raises(TrainerError, match=r"images/.*nobody knows its content"):
+        fetch_version(store_uri, registered.version, copy, verified=verified)
+    assert fetch_version(store_uri, registered.version, copy, verified=verified, repair=lambda _: None).fetched_files == 8
 
 
 def test_nothing_changed_writes_nothing(store_uri: str, data_uri: str, labels: Path) -> None:

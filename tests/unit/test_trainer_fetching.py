@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,48 @@ def test_an_object_that_is_too_short_is_told_as_damage(store: Path, tmp_path: Pa
     with pytest.raises(TrainerError, match="is damaged: it ends before") as refused:
         fetch_version(str(store), version, tmp_path / "copy")
     assert refused.value.code is ExitCode.DATA
+
+
+# --- What is there already -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a/1.txt", "large"])
+def test_a_file_that_was_damaged_since_is_found_though_its_size_is_right(store: Path, tmp_path: Path, name: str) -> None:
+    """Also with its old time: a write leaves another trace. Nothing of a folder that may be somebody's own is overwritten."""
+    version, to, verified = write_store(store, SMALL, {"large": LARGE}), tmp_path / "copy", tmp_path / "memory/of copy"
+    fetch_version(str(store), version, to, verified=verified)
+    before = (to / name).stat()
+    damaged = b"\0" + (to / name).read_bytes()[1:]
+    (to / name).write_bytes(damaged)
+    os.utime(to / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for memory in (verified, None):
+        with pytest.raises(TrainerError, match=f"{name} is not as it was staged") as refused:
+            fetch_version(str(store), version, to, verified=memory)
+        assert refused.value.code is ExitCode.OCCUPIED
+    assert (to / name).read_bytes() == damaged
+    assert fetch_version(str(store), version, to, verified=verified, repair=lambda _: None).fetched_files == 1
+    assert read_tree(to) == {**SMALL, "large": LARGE}
+    assert fetch_version(str(store), version, to).fetched_files == 0
+
+
+def test_what_was_verified_is_not_read_again_until_it_changes(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version, to, verified = write_store(store, SMALL), tmp_path / "copy", tmp_path / "memory"
+    hashed: list[str] = []
+    real = FileTree.holds
+
+    def holds(tree: FileTree, path: str, size: int, digest: bytes) -> bool:
+        hashed.append(path)
+        return real(tree, path, size, digest)
+
+    monkeypatch.setattr(FileTree, "holds", holds)
+    fetch_version(str(store), version, to, verified=verified)
+    assert fetch_version(str(store), version, to, verified=verified).fetched_files == 0
+    assert hashed == []
+    os.utime(to / "b/copy of 1", (1e9, 1e9))
+    for _ in range(2):
+        assert fetch_version(str(store), version, to, verified=verified).fetched_files == 0
+    assert sorted(hashed) == sorted(SMALL), "once, as all of it was right"
+    assert fetch_version(str(store), version, to, verified=Path("/proc/none/memory")).fetched_files == 0, "it is only a memory"
 
 
 # --- Hostile stores and folders ------------------------------------------------------------------------
