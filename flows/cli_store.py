@@ -134,7 +134,7 @@ def fetch(version: str, store_uri: str, folder: str, as_json: bool) -> None:
     ticker = Ticker()
     started = time.monotonic()
     wanted = find_version(store_uri, version)
-    place = Path(folder).absolute()
+    place = Path(os.path.realpath(Path(folder).expanduser()))
     kept = f"{place}.partial-{wanted[:12]} keeps what has come: the same command goes on from there"
     with telling_what_is_kept(ticker, kept):
         fetched = fetch_version(

@@ -7,6 +7,7 @@ What a fetch that was cut left there is compared again and kept where it is righ
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import threading
@@ -127,11 +128,14 @@ def fetch_version(
     another thread, that the store does not answer. With `repair`, a folder that lacks files is filled where it is, else it is
     refused; it gets the header before anything is written. `verified` is where it is remembered what was verified: `to` is read
     again where it is not as it was then.
-    Raises TrainerError: NOT_FOUND, DATA (damaged or hostile), DISK_FULL, OCCUPIED (`to` holds something else),
-    CONFIG (a file system that takes two names for one), PERMISSION and UNAVAILABLE from the store.
+    Raises TrainerError: NOT_FOUND, DATA (damaged or hostile), DISK_FULL, OCCUPIED (`to` holds something else, or cannot be
+    replaced), CONFIG (a file system that takes two names for one), PERMISSION and UNAVAILABLE from the store.
     """
     if os.path.lexists(to) and not to.is_dir():
         raise TrainerError(f"{to} is a file, or a link to none", hint="give a new or empty folder", code=ExitCode.OCCUPIED)
+    to = Path(os.path.realpath(to))
+    if not to.name:
+        raise TrainerError(f"{to} is no folder to fetch to", hint="give a new or empty folder", code=ExitCode.OCCUPIED)
     with told_plainly(store_uri), folders_told_plainly(), named_in_hints(store_uri):
         store = open_store(store_uri)
         with holding(to.with_name(f"{to.name}.lock"), on_wait):
@@ -146,6 +150,7 @@ def fetch_version(
                     raise TrainerError(f"{to} holds other files: {why}", hint="give a new or empty folder", code=ExitCode.OCCUPIED)
                 folder = to
             else:
+                _refuse_irreplaceable(to, version)
                 folder = to.with_name(f"{to.name}.partial-{version[:12]}")
             if repair:
                 repair(header)
@@ -153,12 +158,27 @@ def fetch_version(
                 fetch = _Fetch(store_uri, header, folder, on_progress, silence, repair=folder == to)
                 got, state = fetch.run(files, to.with_name(f"{to.name}.index"), with_state=verified is not None)
             if folder != to:
-                if to.exists():
-                    to.rmdir()
-                folder.rename(to)
+                folder.rename(to)  # an empty one makes way
             if verified is not None:
                 remember(verified, state)
             return got
+
+
+def _refuse_irreplaceable(to: Path, version: str) -> None:
+    """An empty folder that the fetched one cannot come in place of: told now, as it would be after all has come."""
+    hint = f"give a folder in it, such as {to}/{version[:12]}"
+    try:
+        if os.path.samestat(os.stat("."), to.stat()):  # noqa: PTH116 - also of one that is gone
+            raise TrainerError(f"{to} is the current folder, which cannot be replaced", hint=hint, code=ExitCode.OCCUPIED)
+        aside = to.with_name(f"{to.name}.aside")
+        to.rename(aside)
+        aside.rename(to)
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        if exc.errno != errno.EBUSY:
+            raise
+        raise TrainerError(f"something is mounted at {to}, so it cannot be replaced", hint=hint, code=ExitCode.OCCUPIED) from exc
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from trainer.errors import TrainerError
+from trainer.errors import ExitCode, TrainerError
 from trainer.file_tree import FileTree, open_root
 from trainer.files import write_atomic
 from trainer.packs import StagedFile
@@ -20,13 +20,14 @@ from trainer.packs import StagedFile
 def read_state(tree: FileTree, version: str, files: Iterable[tuple[str, int]]) -> str:
     """The hash of files that are there, by path and size, in the order of their paths.
 
-    Raises FileNotFoundError, naming the first that is not.
+    Raises TrainerError (OCCUPIED), naming the first that is not.
     """
     total = hashlib.sha256(version.encode())
     for path, size in files:
         found = tree.look(path)
         if found is None or found.st_size != size:
-            raise FileNotFoundError(path)
+            message = f"{path} is missing, or has another size"
+            raise TrainerError(message, hint="see that nothing else writes to the folder, and fetch again", code=ExitCode.OCCUPIED)
         total.update(f"\0{path}\0{size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}".encode())
     return total.hexdigest()
 
@@ -63,9 +64,7 @@ def why_not_whole(
                 if not tree.holds(file.path, file.size, file.sha256):
                     return f"{file.path} is not as it was staged"
                 on_bytes(file.size)
-    except FileNotFoundError as exc:
-        return f"{exc.filename or exc} is missing, or has another size"
-    except TrainerError as exc:  # a link or a file where a folder should be
+    except TrainerError as exc:  # also of a link or a file where a folder should be
         return exc.message
     if memory is not None:
         remember(memory, state)
