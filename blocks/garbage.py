@@ -47,7 +47,7 @@ import msgspec
 from pydantic import ValidationError
 
 from blocks.leases import DEAD_AFTER, Collection, LiveLease, read_lease, settled_generation
-from blocks.refs import KEPT_VERSIONS, list_refs
+from blocks.refs import KEPT_VERSIONS, Ref, read_refs
 from trainer.errors import ExitCode, TrainerError
 from trainer.files import utc_now
 from trainer.packs import StagedFile, manifest_key, object_key, open_manifest
@@ -245,7 +245,7 @@ def plan_collection(marker: Marker, uri: str, policy: Policy, run_versions: Iter
     leases = _list(store, "leases")
     ages = {found.key: now - found.modified for found in leases}
     live = {key: read_lease(store, key, age) for key, age in ages.items() if age <= DEAD_AFTER}
-    refs = list_refs(store, uri)
+    refs = _read_all_refs(store, uri)
     pins = [(found, _read_pin(store, uri, found.key)) for found in _list(store, "pins")]
     objects = [found for kind in CONTENT for found in _list(store, kind)]
     manifests = {version: found for found in objects if (version := _version_of(found))}
@@ -265,6 +265,14 @@ def plan_collection(marker: Marker, uri: str, policy: Policy, run_versions: Iter
     garbage += [found for found in leases if found.key not in live]
     garbage += [found for found, pin in pins if pin is not None and _is_over(found, pin, now)]
     return CollectionPlan(tuple(garbage), kept, tuple(lease for lease in live.values() if lease is not None))
+
+
+def _read_all_refs(store: ObjectStore, uri: str) -> dict[str, Ref]:
+    refs = read_refs(store, uri)
+    for exc in refs.damaged.values():
+        exc.message += ", so nobody knows which versions it needs; nothing was freed"
+        raise exc
+    return refs.whole
 
 
 def _version_of(found: StoredObject) -> str:

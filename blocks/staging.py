@@ -122,7 +122,7 @@ class _Stager:
         self.uploader = Uploader(uri, root, cache, counts, silence, self.tell)
 
     def run(self, scan: Scan, *, again: bool) -> tuple[Ref, Scan]:
-        ref, _ = read_ref(self.store, self.uri, self.name)
+        ref, _ = read_ref(self.store, self.uri, self.name, mend=again)
         base = self._trust(ref, again=again)
         with closing(self.cache.changes(scan.files(), self.counts, distrust=base is None)) as changes:
             changed = self._send(changes)
@@ -133,7 +133,7 @@ class _Stager:
             self.cache.commit(base.version)
             return base, scan
         with self.silence.asking():
-            move_ref(self.uploader.store, self.uri, self.name, newest)
+            move_ref(self.uploader.store, self.uri, self.name, newest, mend=again)
         check_generation(self.store, self.uri, self.cache.get("generation"))
         self.cache.commit(newest.version)
         return newest, scan

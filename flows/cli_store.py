@@ -185,21 +185,24 @@ def list_command(store_uri: str, as_json: bool) -> None:
     """List the datasets of a store."""
     import msgspec
 
-    from blocks.refs import list_refs, require_store
+    from blocks.refs import read_refs, require_store
     from trainer.storage import open_store, told_plainly
 
     require_store(store_uri)
     with told_plainly(store_uri):
-        refs = list_refs(open_store(store_uri), store_uri)
+        refs, damaged = read_refs(open_store(store_uri), store_uri)
     if as_json:
-        click.echo(msgspec.json.encode(refs).decode())
+        click.echo(msgspec.json.encode({**refs, **{name: {"damaged": exc.message} for name, exc in damaged.items()}}).decode())
         return
     from flows.display import print_table
 
     rows = [
         (name, ref.version[:12], ref.files, format_bytes(ref.bytes), f"{ref.updated_at:%Y-%m-%d %H:%M} UTC") for name, ref in refs.items()
     ]
+    rows += [(name, "damaged", "", "", "") for name in damaged]
     print_table(f"datasets in {store_uri}", ("name", "version", "files", "size", "staged"), rows)
+    for exc in damaged.values():
+        click.echo(f"warning: {exc}", err=True)
 
 
 @click.command()

@@ -23,22 +23,28 @@ if TYPE_CHECKING:
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 def rm(name: str, store_uri: str, yes: bool) -> None:
     """Take the dataset NAME out of a store. `gc` then frees what no other dataset and no run needs."""
-    from blocks.refs import delete_ref, read_ref, require_store
+    from blocks.refs import delete_ref, list_names, read_refs, require_store
     from trainer.storage import open_store, told_plainly
 
     require_store(store_uri)
     with told_plainly(store_uri):
         store = open_store(store_uri)
-        ref, _ = read_ref(store, store_uri, name)
+        refs, damaged = read_refs(store, store_uri)
+    ref = refs.get(name)
     if ref is not None:
         click.echo(
             f"{name}: version {ref.version[:12]}, {describe_number(ref.files, 'file')}, {format_bytes(ref.bytes)}, "
             f"{describe_number(len(ref.previous), 'version')} before it"
         )
-    if ref is None or is_wanted("remove this dataset from the store?", yes=yes):
+    elif name in damaged:
+        click.echo(
+            f"{name}: its ref is damaged, so nobody knows its versions; what no other dataset and no run needs of them is garbage then"
+        )
+    known = ref is not None or name in damaged
+    if not known or is_wanted("remove this dataset from the store?", yes=yes):
         with told_plainly(store_uri):
             delete_ref(store, store_uri, name)
-            labels = read_ref(store, store_uri, f"{name}.labels")[0]
+            labels = f"{name}.labels" in list_names(store)
         rest = f" ({name}.labels, which were staged with it, stay: `rm` them, too)" if labels else ""
         click.echo(f"removed {name}{rest}; `trainyard dataset gc --store {store_uri}` frees its space")
 

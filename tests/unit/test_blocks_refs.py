@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from blocks.garbage import Policy, collect, open_marker
+from blocks.refs import read_ref, read_refs
+from blocks.staging import Staged, stage_folder
+from flows.cli import app
+from trainer.errors import ExitCode, TrainyardError
+from trainer.storage import list_paths, open_store
+from trainer.verifying import verify_version
+
+DAMAGE = [b"", b'{"version": "ab', b"\xff", b'{"version": "", "files": 1, "bytes": 1}', b'{"version": "cells", "files": 1, "bytes": 1}']
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    """A store with two datasets, of which the ref of one, that has two versions, can be damaged."""
+    uri = str(tmp_path / "store")
+    stage(tmp_path, uri, "whole", b"1")
+    stage(tmp_path, uri, "my cells", b"old")
+    stage(tmp_path, uri, "my cells", b"new")
+    return uri
+
+
+def stage(tmp_path: Path, uri: str, name: str, content: bytes, *, again: bool = False) -> Staged:
+    (tmp_path / name).mkdir(exist_ok=True)
+    (tmp_path / name / "1.jpg").write_bytes(content)
+    return stage_folder(tmp_path / name, uri, again=again)
+
+
+def damage(uri: str, content: bytes = b"{") -> None:
+    (Path(uri) / "refs/my cells.json").write_bytes(content)
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["dataset", *arguments])
+
+
+def error_of(done: Result) -> TrainyardError:
+    assert isinstance(done.exception, TrainyardError)
+    return done.exception
+
+
+@pytest.mark.parametrize("content", DAMAGE)
+def test_a_damaged_ref_is_listed_as_damaged_and_blocks_no_other_dataset(uri: str, tmp_path: Path, content: bytes) -> None:
+    damage(uri, content)
+    read = read_refs(open_store(uri), uri)
+    assert (list(read.whole), list(read.damaged)) == (["whole"], ["my cells"])
+    shown = call("list", "--store", uri)
+    assert shown.exit_code == 0
+    assert "whole" in shown.stdout
+    assert "my cells" in shown.stdout
+    assert "damaged" in shown.stdout
+    assert f"trainyard dataset rm 'my cells' --store {uri}" in shown.stderr
+    told = json.loads(call("list", "--store", uri, "--json").stdout)
+    assert told["whole"]["files"] == 1
+    assert list(told["my cells"]) == ["damaged"]
+    assert stage(tmp_path, uri, "whole", b"2").files == 1
+    assert stage(tmp_path, uri, "new", b"new").files == 1, "also what the store has under the damaged one"
+    for blocked in (call("stage", str(tmp_path / "my cells"), "--store", uri), call("verify", "my cells", "--store", uri)):
+        assert error_of(blocked).code is ExitCode.DATA
+
+
+def test_nothing_is_freed_while_a_ref_is_damaged_until_it_is_removed(uri: str, tmp_path: Path) -> None:
+    before = set(list_paths(open_store(uri), ""))
+    damage(uri)
+    for options in ([], ["--yes"], ["--yes", "--json"]):
+        refused = error_of(call("gc", "--store", uri, "--grace", "0s", "--keep-previous", "0", *options))
+        assert refused.code is ExitCode.DATA
+        assert f"'my cells' in {uri} is damaged, so nobody knows which versions it needs; nothing was freed" in refused.message
+    assert set(list_paths(open_store(uri), "")) == before
+    command = next(part for part in refused.hint.split("`") if " rm " in part)
+    assert call(*shlex.split(command)[2:], "--yes").exit_code == 0
+    assert collect(open_marker(uri), uri, Policy(), ()).objects == 0, "what is young stays"
+    assert call("gc", "--store", uri, "--grace", "0s", "--yes").exit_code == 0
+    assert [path for path in list_paths(open_store(uri), "refs") if path.endswith(".json")] == ["refs/whole.json"]
+
+
+def test_staged_with_again_a_damaged_ref_is_written_anew(uri: str, tmp_path: Path) -> None:
+    damage(uri)
+    staged = stage(tmp_path, uri, "my cells", b"new", again=True)
+    ref, _ = read_ref(open_store(uri), uri, "my cells")
+    assert ref is not None
+    assert (ref.version, ref.previous) == (staged.version, ())
+    assert verify_version(uri, staged.version).files == 1
