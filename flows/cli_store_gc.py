@@ -56,16 +56,19 @@ def rm(name: str, store_uri: str, yes: bool) -> None:
     "--keep-previous", type=click.IntRange(min=0), default=10, show_default=True, help="Versions of a dataset to keep before its newest."
 )
 @click.option("--keep-previous-for", type=Age(), help="Of those, only the ones that were written within this time, such as 30d.")
+@click.option("--drop-damaged", is_flag=True, help="Of those, none whose manifest is damaged: nobody can read it.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @AS_JSON
-def gc_command(store_uri: str, grace: timedelta, keep_previous: int, keep_previous_for: timedelta | None, yes: bool, as_json: bool) -> None:
+def gc_command(
+    store_uri: str, grace: timedelta, keep_previous: int, keep_previous_for: timedelta | None, drop_damaged: bool, yes: bool, as_json: bool
+) -> None:
     """Free what no dataset, run or pin of a store needs. With --json it deletes only with --yes."""
     from blocks.garbage import Policy, collect, occupied_error, open_marker, plan_collection, versions_of_open_runs
     from blocks.refs import require_store
     from trainer.contract import utc_now
     from trainer.storage import told_plainly
 
-    policy = Policy(grace=grace, keep_previous=keep_previous, previous_for=keep_previous_for)
+    policy = Policy(grace=grace, keep_previous=keep_previous, previous_for=keep_previous_for, drop_damaged=drop_damaged)
     require_store(store_uri)
     runs = versions_of_open_runs()
     with told_plainly(store_uri):

@@ -24,7 +24,6 @@ from trainer.in_place import fetch_in_place
 from trainer.locks import holding
 from trainer.packs import (
     MAX_MANIFEST_BYTES,
-    STAGE_AGAIN,
     ManifestHeader,
     StagedFile,
     check_version,
@@ -136,7 +135,7 @@ def fetch_version(
     to = Path(os.path.realpath(to))
     if not to.name:
         raise TrainerError(f"{to} is no folder to fetch to", hint="give a new or empty folder", code=ExitCode.OCCUPIED)
-    with told_plainly(store_uri), folders_told_plainly(), named_in_hints(store_uri):
+    with told_plainly(store_uri), folders_told_plainly():
         store = open_store(store_uri)
         with holding(to.with_name(f"{to.name}.lock"), on_wait):
             header, files = read_version(store, version)
@@ -179,17 +178,6 @@ def _refuse_irreplaceable(to: Path, version: str) -> None:
         if exc.errno != errno.EBUSY:
             raise
         raise TrainerError(f"something is mounted at {to}, so it cannot be replaced", hint=hint, code=ExitCode.OCCUPIED) from exc
-
-
-@contextlib.contextmanager
-def named_in_hints(store_uri: str) -> Iterator[None]:
-    """Who finds an object damaged knows its key, not the store's URI."""
-    try:
-        yield
-    except TrainerError as exc:
-        if exc.hint == STAGE_AGAIN:
-            exc.hint = STAGE_AGAIN.replace("STORE", store_uri)
-        raise
 
 
 class Count:

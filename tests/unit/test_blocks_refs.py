@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from blocks.refs import read_ref, read_refs
 from blocks.staging import Staged, stage_folder
 from flows.cli import app
 from trainer.errors import ExitCode, TrainyardError
+from trainer.packs import manifest_key
 from trainer.storage import list_paths, open_store
 from trainer.verifying import verify_version
 
@@ -94,3 +97,74 @@ def test_staged_with_again_a_damaged_ref_is_written_anew(uri: str, tmp_path: Pat
     assert ref is not None
     assert (ref.version, ref.previous) == (staged.version, ())
     assert verify_version(uri, staged.version).files == 1
+
+
+# --- Manifests ---------------------------------------------------------------------------------------------
+
+
+def commands(refused: TrainyardError) -> list[list[str]]:
+    """Those that a hint names, without the name of the program."""
+    return [shlex.split(part)[2:] for part in refused.hint.split("`") if part.startswith("trainyard dataset ")]
+
+
+def damage_manifest(uri: str, version: str) -> None:
+    path = Path(uri) / manifest_key(version)
+    path.write_bytes(path.read_bytes()[:-20])
+    os.utime(path, (1e9, 1e9))
+
+
+def test_an_older_version_that_is_damaged_frees_nothing_until_it_is_given_up(uri: str, tmp_path: Path) -> None:
+    """The hint names the store, and its command mends: later collections need no option."""
+    old = stage(tmp_path, uri, "my cells", b"older")
+    newest = stage(tmp_path, uri, "my cells", b"newest")
+    damage_manifest(uri, old.version)
+    before = set(list_paths(open_store(uri), ""))
+    refused = error_of(call("gc", "--store", uri, "--grace", "0s", "--yes"))
+    assert refused.code is ExitCode.DATA
+    assert f"{old.version[:12]} is damaged" in refused.message
+    assert "'my cells' had before" in refused.message
+    assert "STORE" not in str(refused)
+    assert set(list_paths(open_store(uri), "")) == before
+    [command] = commands(refused)
+    assert uri in command
+    done = call(*command, "--yes", "--json")
+    assert json.loads(done.stdout)["freed"]["objects"] == 1, "the manifest; what it may have named is young"
+    assert call("gc", "--store", uri, "--grace", "0s", "--yes").exit_code == 0
+    assert verify_version(uri, newest.version).files == 1
+    assert manifest_key(old.version) not in set(list_paths(open_store(uri), ""))
+
+
+def test_a_newest_version_that_is_damaged_is_never_given_up_and_the_hint_mends_it(uri: str, tmp_path: Path) -> None:
+    """Its manifest says what differs from the version before it, which is the one that is damaged."""
+    for number in range(9):
+        (tmp_path / "my cells" / f"same {number}.jpg").write_bytes(b"%d" % number)
+    old = stage(tmp_path, uri, "my cells", b"older")
+    newest = stage(tmp_path, uri, "my cells", b"newest")
+    damage_manifest(uri, old.version)
+    for options in ([], ["--drop-damaged"]):
+        refused = error_of(call("gc", "--store", uri, "--grace", "0s", "--yes", *options))
+        assert f"{old.version[:12]} is damaged" in refused.message
+        assert "'my cells'" in refused.message
+    again, removal = commands(refused)
+    assert removal == ["rm", "my cells", "--store", uri]
+    again[again.index("PATH")] = str(tmp_path / "my cells")
+    assert call(*again).exit_code == 0
+    assert call("gc", "--store", uri, "--grace", "0s", "--yes", "--drop-damaged").exit_code == 0
+    assert call("gc", "--store", uri, "--grace", "0s", "--yes").exit_code == 0
+    assert verify_version(uri, newest.version).files == 10
+
+
+def test_what_a_newer_trainyard_wrote_is_not_damaged(uri: str, tmp_path: Path) -> None:
+    old = stage(tmp_path, uri, "my cells", b"older")
+    stage(tmp_path, uri, "my cells", b"newest")
+    header = {"schema_version": 9, "version": old.version, "files": 1, "bytes": 1, "packs": []}
+    (Path(uri) / manifest_key(old.version)).write_bytes(gzip.compress(json.dumps(header).encode() + b"\n"))
+    refused = error_of(call("gc", "--store", uri, "--grace", "0s", "--yes", "--drop-damaged"))
+    assert "written by a newer Trainyard" in refused.message
+    assert "update Trainyard here" in refused.hint
+
+
+def test_the_hint_of_show_names_the_store(uri: str, tmp_path: Path) -> None:
+    newest = stage(tmp_path, uri, "my cells", b"newest")
+    damage_manifest(uri, newest.version)
+    assert f"--store {uri} --again" in error_of(call("show", newest.version, "--store", uri)).hint
