@@ -27,7 +27,7 @@ from blocks.reading import MEMORY_BYTES, Read, read_files, take_read
 from blocks.refs import Ref, move_ref, read_ref, ref_key
 from blocks.scanning import Scan, Stat, place_within
 from blocks.sending import find_missing, list_objects, list_sizes, object_names
-from blocks.stat_cache import StatCache
+from blocks.stat_cache import StatCache, with_cache
 from blocks.uploads import LARGE_BYTES, Uploader
 from trainer.errors import ExitCode, TrainerError
 from trainer.packs import ManifestHeader, VersionHash, manifest_key, write_manifest
@@ -91,20 +91,24 @@ def stage_folder(
         if on_silence is not None:
             on_silence(f"waiting for {holder}, which stages this folder or dataset: what it sends is not sent again")
 
-    def work() -> tuple[Ref, Scan]:
-        counts.done_files = counts.done_bytes = counts.reused_bytes = 0
-        stager = _Stager(root, store_uri, name, cache, counts, silence, on_progress or (lambda _: None))
-        with stager.lease:
-            return stager.run(Scan(root, only, inner), again=again)
+    def stage(cache: StatCache) -> tuple[Ref, Scan]:
+        counts.changed_files = counts.read_bytes = 0
 
-    with (
-        StatCache(root, store_uri, name, tell_wait) as cache,
-        told_plainly(store_uri),
-        folders_told_plainly(),
-        SilenceWatch(on_silence, SEND_SECONDS) as silence,
-        Counting(Scan(root, None, inner), counts) if on_progress and only is None else nullcontext(),
-    ):
-        ref, scan = until_unchanged(work, store_uri)
+        def work() -> tuple[Ref, Scan]:
+            counts.done_files = counts.done_bytes = counts.reused_bytes = 0
+            stager = _Stager(root, store_uri, name, cache, counts, silence, on_progress or (lambda _: None))
+            with stager.lease:
+                return stager.run(Scan(root, only, inner), again=again)
+
+        with (
+            told_plainly(store_uri),
+            folders_told_plainly(),
+            SilenceWatch(on_silence, SEND_SECONDS) as silence,
+            Counting(Scan(root, None, inner), counts) if on_progress and only is None else nullcontext(),
+        ):
+            return until_unchanged(work, store_uri)
+
+    ref, scan = with_cache(stage, root, store_uri, name, tell_wait, on_silence)
     seconds = time.monotonic() - started
     return Staged(name, ref.version, store_uri, ref.files, ref.bytes, counts.changed_files, counts.sent_bytes, seconds, scan.left_out)
 
