@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import msgspec
 
+from blocks.leases import MARK_KEY
+from blocks.scanning import STORE_FOLDERS
 from trainer.errors import ExitCode, TrainerError
 from trainer.files import utc_now
 from trainer.packs import SHA256
-from trainer.storage import list_metadata, list_paths, open_store, to_path, told_plainly
+from trainer.storage import folders_told_plainly, list_metadata, list_paths, open_store, to_path, told_plainly
 from trainer.store_records import AwareTime, StoreRecord, swap, tag_of
 
 if TYPE_CHECKING:
@@ -215,9 +217,14 @@ def find_version(uri: str, wanted: str) -> str:
 
 
 def require_store(uri: str) -> None:
-    """Raises TrainerError (NOT_FOUND) for a folder that is not there; a bucket answers for itself."""
+    """Raises TrainerError (NOT_FOUND) for a folder that is not there, or holds something else; a bucket answers for itself."""
     if "://" in uri and not uri.startswith("file://"):
         return
-    folder = to_path(uri).expanduser()
+    folder = to_path(uri)
+    hint = "check --store; `dataset stage` makes one"
     if not folder.is_dir():
-        raise TrainerError(f"there is no store at {folder}", hint="check --store; `dataset stage` makes one", code=ExitCode.NOT_FOUND)
+        raise TrainerError(f"there is no store at {folder}", hint=hint, code=ExitCode.NOT_FOUND)
+    with folders_told_plainly():
+        names = {path.name for path in folder.iterdir()}
+    if names and names.isdisjoint((*STORE_FOLDERS, MARK_KEY)):
+        raise TrainerError(f"{folder} is no store: it holds other files", hint=hint, code=ExitCode.NOT_FOUND)

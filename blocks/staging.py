@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -82,7 +83,7 @@ def stage_folder(
     """
     started = time.monotonic()
     root, store_uri = root.absolute(), to_uri(store_uri)
-    name = name or root.name or "dataset"
+    name = name or (Path(os.path.realpath(root)) if root.name == ".." else root).name or "dataset"
     ref_key(name)  # refused before anything is done
     inner = place_within(store_uri, root)
     counts = Counts(total_files=len(only) if only is not None else 0)

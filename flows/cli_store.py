@@ -194,6 +194,9 @@ def list_command(store_uri: str, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode({**refs, **{name: {"damaged": exc.message} for name, exc in damaged.items()}}).decode())
         return
+    if not refs and not damaged:
+        click.echo(f"no datasets in {store_uri}")
+        return
     from flows.display import print_table
 
     rows = [

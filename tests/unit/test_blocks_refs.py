@@ -168,3 +168,54 @@ def test_the_hint_of_show_names_the_store(uri: str, tmp_path: Path) -> None:
     newest = stage(tmp_path, uri, "my cells", b"newest")
     damage_manifest(uri, newest.version)
     assert f"--store {uri} --again" in error_of(call("show", newest.version, "--store", uri)).hint
+
+
+# --- Where a store is --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("file://relative{}/new", "file:///relative{}/new"), ("file:{}/new", "file://{}/new")])
+def test_a_file_uri_that_means_another_place_than_it_says_is_refused(tmp_path: Path, wrong: str, right: str) -> None:
+    """By its rules the former would be a folder of the machine called relative."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/1.jpg").touch()
+    for arguments in (["stage", str(tmp_path / "set")], ["list"], ["gc"]):
+        refused = error_of(call(*arguments, "--store", wrong.format(tmp_path)))
+        assert refused.code is ExitCode.CONFIG
+        assert right.format(tmp_path) in refused.hint
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_tilde_that_the_shell_leaves_is_the_home(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in --store=~/store."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["stage", str(tmp_path / "whole")], ["gc", "--yes"], ["rm", "whole", "--yes"], ["gc", "--grace", "0s", "--yes"]):
+        assert call(*arguments, "--store=~/store").exit_code == 0, arguments
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "my cells", "store", "whole"]
+    refused = error_of(call("list", "--store=~nobody-of-that-name/store"))
+    assert refused.code is ExitCode.CONFIG
+
+
+def test_a_folder_that_is_no_store_is_told_as_such(uri: str, tmp_path: Path) -> None:
+    for arguments in (["list"], ["gc"], ["rm", "x", "--yes"], ["verify", "x"]):
+        refused = error_of(call(*arguments, "--store", str(tmp_path / "my cells")))
+        assert refused.code is ExitCode.NOT_FOUND
+        assert "is no store" in refused.message
+    for name in ("whole", "my cells"):
+        assert call("rm", name, "--store", uri, "--yes").exit_code == 0
+    assert call("gc", "--store", uri, "--grace", "0s", "--yes").exit_code == 0
+    assert f"no datasets in {uri}" in call("list", "--store", uri).output, "it was one, and is empty now"
+
+
+def test_the_folder_above_is_staged_under_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cells/inner").mkdir(parents=True)
+    (tmp_path / "cells/1.jpg").touch()
+    monkeypatch.chdir(tmp_path / "cells/inner")
+    assert stage_folder(Path(".."), str(tmp_path / "store")).name == "cells"
+
+
+@pytest.mark.parametrize("folder", ["packs", "refs", "manifests"])
+def test_the_objects_of_the_store_itself_are_not_staged(uri: str, folder: str) -> None:
+    with pytest.raises(TrainyardError, match="keeps its own objects") as refused:
+        stage_folder(Path(uri) / folder, uri)
+    assert refused.value.code is ExitCode.CONFIG
