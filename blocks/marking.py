@@ -95,7 +95,8 @@ class Marker:
             case Reason.REF:
                 needed = f"a ref needs it, that of dataset {root.name!r}"
                 hint = (
-                    f"`trainyard dataset stage PATH --name {name} --store {store} --again`, with its folder as PATH, writes it anew; "
+                    f"`trainyard dataset stage PATH --name {name} --store {store} --again`, with its folder as PATH, writes it anew, "
+                    "and `trainyard dataset register` does so for a set in place; "
                     f"`trainyard dataset rm {name} --store {store}` gives the dataset up"
                 )
             case Reason.PREVIOUS:

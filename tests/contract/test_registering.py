@@ -121,6 +121,20 @@ def test_nothing_changed_writes_nothing(store_uri: str, data_uri: str, labels: P
     assert objects(store_uri) == before
 
 
+@pytest.mark.parametrize("store_uri", ["file"], indirect=True)
+@pytest.mark.parametrize("damage", [b"", None])
+def test_registered_again_a_version_whose_manifest_is_damaged_or_gone_is_whole(
+    store_uri: str, data_uri: str, labels: Path, damage: bytes | None
+) -> None:
+    first = register_uri(data_uri, store_uri, labels=labels)
+    path = to_path(store_uri) / manifest_key(first.version)
+    path.unlink() if damage is None else path.write_bytes(damage)
+    again = register_uri(data_uri, store_uri, labels=labels)
+    assert again.version == first.version
+    assert again.sent_bytes > 0
+    assert verify_version(store_uri, first.version).files == 17
+
+
 def test_a_changed_label_sends_that_label_only(store_uri: str, data_uri: str, labels: Path, tmp_path: Path) -> None:
     first = register_uri(data_uri, store_uri, labels=labels)
     before = stored_bytes(store_uri)

@@ -145,7 +145,7 @@ def test_a_newest_version_that_is_damaged_is_never_given_up_and_the_hint_mends_i
         refused = error_of(call("gc", "--store", uri, "--grace", "0s", "--yes", *options))
         assert f"{old.version[:12]} is damaged" in refused.message
         assert "'my cells'" in refused.message
-    again, removal = commands(refused)
+    again, _, removal = commands(refused)
     assert removal == ["rm", "my cells", "--store", uri]
     again[again.index("PATH")] = str(tmp_path / "my cells")
     assert call(*again).exit_code == 0
