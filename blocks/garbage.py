@@ -38,9 +38,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -59,10 +58,11 @@ from blocks.deletion import (
     list_unfinished,
 )
 from blocks.leases import DEAD_AFTER, Collection, LiveLease, read_lease, settled_generation
-from blocks.refs import KEPT_VERSIONS, list_refs
+from blocks.marking import Marker, Reason, Root
+from blocks.refs import KEPT_VERSIONS, Ref, read_refs
 from trainer.errors import ExitCode, TrainerError
 from trainer.files import utc_now
-from trainer.packs import StagedFile, manifest_key, object_key, open_manifest
+from trainer.packs import manifest_key
 from trainer.storage import open_store, told_plainly
 from trainer.store_records import AwareTime, StoreRecord
 
@@ -70,16 +70,6 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 GRACE = timedelta(hours=24)
-
-
-class Reason(StrEnum):
-    """Why something stays. An object counts once, for the first of them."""
-
-    REF = "ref"
-    PREVIOUS = "previous"
-    RUN = "run"
-    PIN = "pin"
-    GRACE = "grace"
 
 
 class PinFile(StoreRecord, frozen=True, kw_only=True):
@@ -92,11 +82,15 @@ class PinFile(StoreRecord, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """``keep_previous`` versions before a ref's stay; with `previous_for`, only those that were written more recently than that."""
+    """``keep_previous`` versions before a ref's stay; with `previous_for`, only those that were written more recently than that.
+
+    With `drop_damaged`, those do not stay whose manifest is damaged, so that nobody can read them.
+    """
 
     grace: timedelta = GRACE
     keep_previous: int = KEPT_VERSIONS
     previous_for: timedelta | None = None
+    drop_damaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,53 +162,6 @@ def _read_pin(store: ObjectStore, uri: str, key: str) -> PinFile | None:
 # --- What is needed --------------------------------------------------------------------------------------
 
 
-@dataclass
-class Marker:
-    """Marks what versions need. A manifest is read once, also where a plan is made again, unless it was written anew since."""
-
-    store: ObjectStore
-    read: dict[tuple[str, str], tuple[str | None, frozenset[str]]] = field(
-        default_factory=dict[tuple[str, str], tuple[str | None, frozenset[str]]]
-    )
-
-    def mark(self, roots: Iterable[tuple[str, Reason]], manifests: dict[str, StoredObject]) -> dict[str, Reason]:
-        """The keys that the roots need, with the first reason. Raises TrainerError (DATA) where what a root needs cannot be told."""
-        marked: dict[str, Reason] = {}
-        for root, reason in roots:
-            version: str | None = root
-            while version and manifest_key(version) not in marked:
-                found = manifests.get(version)
-                if found is None and reason is Reason.REF:
-                    raise TrainerError(
-                        f"a ref needs the manifest of version {version[:12]}, which the store lacks",
-                        hint="stage that dataset with --again, or remove it with `trainyard dataset rm`; nothing was freed",
-                        code=ExitCode.DATA,
-                    )
-                if found is None:
-                    break  # freed before
-                marked[found.key] = reason
-                try:
-                    base, keys = self._read(version, found)
-                except TrainerError:
-                    if reason is Reason.GRACE:
-                        break  # nobody can read it, and nobody named it
-                    raise
-                for key in keys:
-                    marked.setdefault(key, reason)
-                version = base
-        return marked
-
-    def _read(self, version: str, found: StoredObject) -> tuple[str | None, frozenset[str]]:
-        import obstore
-
-        known = self.read.get((version, found.tag))
-        if known is None:
-            header, lines = open_manifest(bytes(obstore.get(self.store, found.key).bytes()), version)
-            keys = frozenset(object_key(line) for line in lines if isinstance(line, StagedFile) and not line.in_place)
-            known = self.read[version, found.tag] = (header.base, keys)
-        return known
-
-
 def choose_garbage(
     objects: Iterable[StoredObject], marked: dict[str, Reason], oldest_kept: datetime
 ) -> tuple[list[StoredObject], dict[Reason, tuple[int, int]]]:
@@ -239,28 +186,37 @@ def plan_collection(marker: Marker, uri: str, policy: Policy, run_versions: Iter
     leases = list_kind(store, "leases")
     ages = {found.key: now - found.modified for found in leases}
     live = {key: read_lease(store, key, age) for key, age in ages.items() if age <= DEAD_AFTER}
-    refs = list_refs(store, uri)
+    refs = _read_all_refs(store, uri)
     pins = [(found, _read_pin(store, uri, found.key)) for found in list_kind(store, "pins")]
     objects = [found for kind in CONTENT for found in list_kind(store, kind)]
     manifests = {version: found for found in objects if (version := _version_of(found))}
     oldest_kept = now - policy.grace
 
-    def roots() -> Iterator[tuple[str, Reason]]:
-        yield from ((ref.version, Reason.REF) for ref in refs.values())
-        for version in (version for ref in refs.values() for version in ref.previous[: policy.keep_previous]):
+    def roots() -> Iterator[Root]:
+        yield from (Root(ref.version, Reason.REF, name) for name, ref in refs.items())
+        for name, version in ((name, version) for name, ref in refs.items() for version in ref.previous[: policy.keep_previous]):
             found = manifests.get(version)
             if policy.previous_for is None or (found is not None and now - found.modified < policy.previous_for):
-                yield version, Reason.PREVIOUS
-        yield from ((version, Reason.RUN) for version in run_versions)
-        yield from ((pin.version, Reason.PIN) for found, pin in pins if pin is not None and not _is_over(found, pin, now))
-        yield from ((version, Reason.GRACE) for version, found in manifests.items() if found.modified > oldest_kept)
+                yield Root(version, Reason.PREVIOUS, name)
+        yield from (Root(version, Reason.RUN) for version in run_versions)
+        yield from (Root(pin.version, Reason.PIN, found.key) for found, pin in pins if pin is not None and not _is_over(found, pin, now))
+        yield from (Root(version, Reason.GRACE) for version, found in manifests.items() if found.modified > oldest_kept)
 
-    garbage, kept = choose_garbage(objects, marker.mark(roots(), manifests), oldest_kept)
+    marked = marker.mark(roots(), manifests, drop_damaged=policy.drop_damaged)
+    garbage, kept = choose_garbage(objects, marked, oldest_kept)
     # Whoever is at work on such a file has a lease, or has not begun it ten minutes ago.
     garbage += [found for found in list_unfinished(uri) if now - found.modified > max(policy.grace, DEAD_AFTER)]
     garbage += [found for found in leases if found.key not in live]
     garbage += [found for found, pin in pins if pin is not None and _is_over(found, pin, now)]
     return CollectionPlan(tuple(garbage), kept, tuple(lease for lease in live.values() if lease is not None))
+
+
+def _read_all_refs(store: ObjectStore, uri: str) -> dict[str, Ref]:
+    refs = read_refs(store, uri)
+    for exc in refs.damaged.values():
+        exc.message += ", so nobody knows which versions it needs; nothing was freed"
+        raise exc
+    return refs.whole
 
 
 def _version_of(found: StoredObject) -> str:
@@ -305,7 +261,7 @@ class Freed:
 
 
 def open_marker(store_uri: str) -> Marker:
-    return Marker(open_store(store_uri))
+    return Marker(open_store(store_uri), store_uri)
 
 
 def collect(marker: Marker, uri: str, policy: Policy, run_versions: Iterable[str]) -> Freed:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from blocks.joined_tree import JoinedTree
 from blocks.label_matching import LABEL_SUFFIXES, is_image
-from blocks.scanning import EXCLUDED, EXCLUDED_SUFFIXES
+from blocks.scanning import EXCLUDED, EXCLUDED_SUFFIXES, IGNORE_FILE, STORE_FOLDERS, Scan, parse_ignored, place_within
 from trainer.errors import ExitCode, TrainerError
 from trainer.in_place import find_identity
 from trainer.packs import InPlace, StagedFile, check_path
 from trainer.storage import list_metadata, open_store, to_path, told_plainly
 
-STORE_FOLDERS = ("packs", "files", "manifests", "refs", "leases", "pins")  # where a store's own objects lie
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+    from obstore.store import ObjectStore
+
+UNREADABLE = re.compile(r"#[0-9]+$")  # as a name's end: in a folder, obstore takes it for its own part of an upload
 MARKERS = "empty objects that stand for a folder"
 TELL_EVERY = 1000
 
@@ -79,13 +83,11 @@ class _Listing:
     def __init__(self, data_uri: str, store_uri: str, on_progress: Callable[[str], None]) -> None:
         self.count = 0
         self.left_out: LeftOut = {}
-        self._uri, self._on_progress = data_uri, on_progress
+        self._uri, self._store_uri, self._on_progress = data_uri, store_uri, on_progress
         self._store = f"{store_uri}/".removeprefix(f"{data_uri}/") if store_uri.startswith(f"{data_uri}/") else ""
-        self._folder: Path | None = to_path(data_uri) if urlsplit(data_uri).scheme == "file" else None
-        self._real = os.path.realpath(self._folder) if self._folder else ""
 
     def files(self, tree: JoinedTree) -> Iterator[StagedFile]:
-        for meta in list_metadata(open_store(self._uri)):
+        for meta in self._folder_metadata() if urlsplit(self._uri).scheme == "file" else self._bucket_metadata():
             path = meta["path"]
             self.count += 1
             if self.count % TELL_EVERY == 0:
@@ -100,6 +102,29 @@ class _Listing:
             tree.add_folders_of(path)
             yield StagedFile(path, find_identity(self._uri, meta), meta["size"], "", 0, InPlace(self._uri, path))
 
+    def _bucket_metadata(self) -> Iterator[ObjectMeta]:
+        store = open_store(self._uri)
+        is_ignored = ignored_in(store, self._uri)
+        return (meta for meta in list_metadata(store) if is_ignored is None or not is_ignored(meta["path"]))
+
+    def _folder_metadata(self) -> Iterator[ObjectMeta]:
+        """Of what a stage would send: the library's own listing follows links to folders, wherever they lead."""
+        import obstore
+
+        store, folder = open_store(self._uri), to_path(self._uri)
+        scan = Scan(folder, store=place_within(self._store_uri, folder))
+        for path, _ in scan.files():
+            if UNREADABLE.search(path):
+                self.leave_out("names that end with # and a number, which cannot be read in place", path)
+                continue
+            try:
+                found = obstore.head(store, path)
+            except ValueError as exc:
+                raise _unusable(self._uri, f"{path!r} has a character that no object's name may have") from exc
+            yield found
+        for kind, (count, example) in scan.left_out.items():
+            self.leave_out(kind, example, count)
+
     def leave_out(self, kind: str, path: str, count: int = 1) -> None:
         before, example = self.left_out.get(kind, (0, path))
         self.left_out[kind] = (before + count, example)
@@ -112,9 +137,18 @@ class _Listing:
             return "version control, caches and the like"
         if not size and not is_image(path) and not path.lower().endswith(LABEL_SUFFIXES):
             return MARKERS
-        if self._folder and not os.path.realpath(self._folder / path).startswith(self._real + os.sep):
-            return "links out of the folder"
         return ""
+
+
+def ignored_in(store: ObjectStore, uri: str) -> Callable[[str], bool] | None:
+    """What the bucket's own ``.trainyardignore`` names; None where it has none. Raises TrainerError (DATA) for one that is wrong."""
+    import obstore
+
+    try:
+        content = bytes(obstore.get(store, IGNORE_FILE).bytes())
+    except FileNotFoundError:
+        return None
+    return parse_ignored(content, f"{uri}/{IGNORE_FILE}")
 
 
 def _unusable(data_uri: str, why: str) -> TrainerError:

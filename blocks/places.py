@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import os
 from pathlib import Path
 
@@ -12,6 +13,12 @@ from trainer.files import ENV_HOME
 def home() -> Path:
     """Where this machine keeps runs, caches and locks: $TRAINYARD_HOME, else ~/trainyard."""
     return Path(os.environ.get(ENV_HOME) or "~/trainyard").expanduser().absolute()
+
+
+def verified_path(folder: Path) -> Path:
+    """Where it is remembered what was verified of a folder that a dataset was fetched to."""
+    name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:24]
+    return home() / "fetched" / name
 
 
 def user_name() -> str:

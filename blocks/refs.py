@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import random
 import re
+import shlex
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import msgspec
 
+from blocks.leases import MARK_KEY
+from blocks.scanning import STORE_FOLDERS
 from trainer.errors import ExitCode, TrainerError
 from trainer.files import utc_now
-from trainer.storage import list_metadata, list_paths, open_store, to_path, told_plainly
+from trainer.packs import SHA256
+from trainer.storage import folders_told_plainly, list_metadata, list_paths, open_store, to_path, told_plainly
 from trainer.store_records import AwareTime, StoreRecord, swap, tag_of
 
 if TYPE_CHECKING:
@@ -27,16 +31,18 @@ UNCLEAR_TRIES = 3
 MAX_NAME = 100
 NAME = re.compile(rf"[\w][\w .+-]{{0,{MAX_NAME - 1}}}")
 
+Version = Annotated[str, msgspec.Meta(pattern=rf"^{SHA256.pattern}$")]
+
 
 class Ref(StoreRecord, frozen=True, kw_only=True):
     """``refs/<name>.json``. ``previous`` are the versions before it, newest first: a run may be at work on one."""
 
-    version: str
+    version: Version
     files: int
     bytes: int
     depth: int = 0
     updated_at: AwareTime = msgspec.field(default_factory=utc_now)
-    previous: tuple[str, ...] = ()
+    previous: tuple[Version, ...] = ()
 
 
 def ref_key(name: str) -> str:
@@ -50,26 +56,39 @@ def ref_key(name: str) -> str:
     return f"refs/{name}.json"
 
 
-def read_ref(store: ObjectStore, uri: str, name: str) -> tuple[Ref | None, UpdateVersion | None]:
-    """The ref, and what tells this state of it from the next. Raises TrainerError (DATA) for a damaged one."""
+def read_ref(store: ObjectStore, uri: str, name: str, *, mend: bool = False) -> tuple[Ref | None, UpdateVersion | None]:
+    """The ref, and what tells this state of it from the next.
+
+    Raises TrainerError (DATA) for a damaged one; with `mend`, that is as none, to be replaced.
+    """
+    return _read(store, uri, name, ref_key(name), mend=mend)
+
+
+def _read(store: ObjectStore, uri: str, name: str, key: str, *, mend: bool = False) -> tuple[Ref | None, UpdateVersion | None]:
     import obstore
 
     try:
-        answer = obstore.get(store, ref_key(name))
+        answer = obstore.get(store, key)
         data = bytes(answer.bytes())
     except FileNotFoundError:
         return None, None
     try:
-        ref = Ref.from_json(data)
+        return Ref.from_json(data), tag_of(answer.meta)
     except ValueError as exc:
-        hint = "delete that object and stage again: its packs are found again"
-        raise TrainerError(f"{uri}/{ref_key(name)} is damaged", hint=hint, code=ExitCode.DATA) from exc
-    return ref, tag_of(answer.meta)
+        if mend:
+            return None, tag_of(answer.meta)
+        options = f"{shlex.quote(name)} --store {shlex.quote(uri)}"
+        hint = (
+            f"`trainyard dataset rm {options}` removes it, and `trainyard dataset stage PATH --name {options} --again` writes it anew: "
+            "either way the versions before its newest are garbage then"
+        )
+        raise TrainerError(f"the ref of dataset {name!r} in {uri} is damaged", hint=hint, code=ExitCode.DATA) from exc
 
 
-def move_ref(store: ObjectStore, uri: str, name: str, newest: Ref) -> None:
-    """Makes `newest` the dataset's version. Of two stagers at once the later one wins; the other's version stays, named by its hash.
+def move_ref(store: ObjectStore, uri: str, name: str, newest: Ref, *, mend: bool = False) -> None:
+    """Makes `newest` the dataset's version; with `mend`, also in place of a damaged ref.
 
+    Of two stagers at once the later one wins; the other's version stays, named by its hash.
     No answer to the swap is believed but a clear yes: an answer can be lost, and "exists already" can be our own first try,
     or on S3 a conflict after which nothing is there. So the ref is read again, and what it says counts.
     """
@@ -77,7 +96,7 @@ def move_ref(store: ObjectStore, uri: str, name: str, newest: Ref) -> None:
 
     unclear = 0
     for _ in range(TRIES):
-        stored, tag = read_ref(store, uri, name)
+        stored, tag = read_ref(store, uri, name, mend=mend)
         if stored is not None and stored.version == newest.version:
             return
         before = (stored.version, *stored.previous) if stored else ()
@@ -93,16 +112,20 @@ def move_ref(store: ObjectStore, uri: str, name: str, newest: Ref) -> None:
     raise TrainerError(f"{uri}: others move the ref of {name!r} all the time", hint="stage again", code=ExitCode.UNAVAILABLE)
 
 
-def delete_ref(store: ObjectStore, uri: str, name: str) -> Ref:
-    """Takes the name away; its versions go with the next collection of garbage. Raises TrainerError (NOT_FOUND) for none."""
+def delete_ref(store: ObjectStore, uri: str, name: str) -> None:
+    """Takes the name away, also of a damaged ref; its versions go with the next collection of garbage.
+
+    Raises TrainerError (NOT_FOUND) for none.
+    """
     import obstore
 
-    ref, _ = read_ref(store, uri, name)
-    if ref is None:
+    key = ref_key(name)
+    try:
+        obstore.head(store, key)
+    except FileNotFoundError as exc:
         hint = f"trainyard dataset list --store {uri}"
-        raise TrainerError(f"{uri} has no dataset {name!r}", hint=hint, code=ExitCode.NOT_FOUND)
-    obstore.delete(store, ref_key(name))
-    return ref
+        raise TrainerError(f"{uri} has no dataset {name!r}", hint=hint, code=ExitCode.NOT_FOUND) from exc
+    obstore.delete(store, key)
 
 
 def list_names(store: ObjectStore) -> list[str]:
@@ -120,9 +143,29 @@ def _name_datasets(store: ObjectStore) -> str:
     return f"it has {', '.join(map(repr, names[:NAMES_TOLD]))}{more}" if names else "it has no datasets"
 
 
+class Refs(NamedTuple):
+    """By name, each in the order of names; of a damaged one, what is wrong."""
+
+    whole: dict[str, Ref]
+    damaged: dict[str, TrainerError]
+
+
+def read_refs(store: ObjectStore, uri: str) -> Refs:
+    refs = Refs({}, {})
+    for name in list_names(store):
+        try:
+            ref, _ = _read(store, uri, name, f"refs/{name}.json")
+        except TrainerError as exc:
+            refs.damaged[name] = exc
+            continue
+        if ref is not None:
+            refs.whole[name] = ref
+    return refs
+
+
 def list_refs(store: ObjectStore, uri: str) -> dict[str, Ref]:
-    found = {name: read_ref(store, uri, name)[0] for name in list_names(store)}
-    return {name: ref for name, ref in found.items() if ref is not None}
+    """Those that can be read."""
+    return read_refs(store, uri).whole
 
 
 class OtherRef(NamedTuple):
@@ -174,9 +217,14 @@ def find_version(uri: str, wanted: str) -> str:
 
 
 def require_store(uri: str) -> None:
-    """Raises TrainerError (NOT_FOUND) for a folder that is not there; a bucket answers for itself."""
+    """Raises TrainerError (NOT_FOUND) for a folder that is not there, or holds something else; a bucket answers for itself."""
     if "://" in uri and not uri.startswith("file://"):
         return
-    folder = to_path(uri).expanduser()
+    folder = to_path(uri)
+    hint = "check --store; `dataset stage` makes one"
     if not folder.is_dir():
-        raise TrainerError(f"there is no store at {folder}", hint="check --store; `dataset stage` makes one", code=ExitCode.NOT_FOUND)
+        raise TrainerError(f"there is no store at {folder}", hint=hint, code=ExitCode.NOT_FOUND)
+    with folders_told_plainly():
+        names = {path.name for path in folder.iterdir()}
+    if names and names.isdisjoint((*STORE_FOLDERS, MARK_KEY)):
+        raise TrainerError(f"{folder} is no store: it holds other files", hint=hint, code=ExitCode.NOT_FOUND)

@@ -228,15 +228,17 @@ def commit(tree: JoinedTree, store: ObjectStore, store_uri: str, name: str, sour
     total = tree.version()
     version = total.hexdigest()
     ref, _ = read_ref(store, store_uri, name)
-    if ref is not None and ref.version == version:
+    stored = _find_version(store, version)
+    if ref is not None and ref.version == version and isinstance(stored, Ref):
         return ref, 0, 0
     if ref is not None:
         _read_base(tree, store, ref)
     changed, gone = tree.count_difference()
-    newest, sent = _find_version(store, version), 0
+    newest, sent = stored, 0
     if not isinstance(newest, Ref):
         depth = ref.depth + 1 if ref is not None else 0
-        difference = ref is not None and newest == "none" and depth <= MAX_DEPTH and changed + gone < MAX_SHARE * total.files
+        comparable = ref is not None and ref.version != version and newest == "none"
+        difference = comparable and depth <= MAX_DEPTH and changed + gone < MAX_SHARE * total.files
         header = ManifestHeader(
             version=version,
             base=ref.version if ref is not None and difference else None,

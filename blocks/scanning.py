@@ -22,6 +22,8 @@ EXCLUDED = frozenset(
     | {".pytest_cache", ".mypy_cache", ".ruff_cache", ".trainyard", ".DS_Store", "Thumbs.db", "desktop.ini"}
 )
 ENVIRONMENT = "pyvenv.cfg"  # in the folder of every virtual environment
+BRACKETS = re.compile(r"\\.|\[[!^]?+\]?+[^\]]*\]")  # escaped, or closed: a first ] is one of the letters
+STORE_FOLDERS = ("packs", "files", "manifests", "refs", "leases", "pins")  # where a store's own objects lie
 EXCLUDED_SUFFIXES = (".cache",)  # Ultralytics writes labels.cache beside the labels
 
 
@@ -146,20 +148,28 @@ def vanished_error(full: str) -> TrainerError:
 
 
 def _read_ignored(root: Path) -> Callable[[str], bool] | None:
-    """What ``.trainyardignore`` names, by the rules of ``.gitignore``."""
     try:
-        lines = (root / IGNORE_FILE).read_text(encoding="utf-8-sig").splitlines()
+        content = (root / IGNORE_FILE).read_bytes()
     except FileNotFoundError:
         return None
+    return parse_ignored(content, str(root / IGNORE_FILE))
+
+
+def parse_ignored(content: bytes, place: str) -> Callable[[str], bool]:
+    """What ``.trainyardignore`` names, by the rules of ``.gitignore``. Raises TrainerError (DATA) for what is no text or no pattern."""
+    try:
+        lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as exc:
-        raise TrainerError(f"{root / IGNORE_FILE} is not UTF-8 text", hint="mend the file", code=ExitCode.DATA) from exc
+        raise TrainerError(f"{place} is not UTF-8 text", hint="mend the file", code=ExitCode.DATA) from exc
     from pathspec import GitIgnoreSpec
 
     for number, line in enumerate(lines, 1):
         try:
+            if not line.startswith("#") and "[" in BRACKETS.sub("", line):  # git takes it for nothing, and the library for a letter
+                raise ValueError("a bracket that is not closed")
             GitIgnoreSpec.from_lines([line])
         except (ValueError, re.error) as exc:
-            message = f"{root / IGNORE_FILE}, line {number}: {line[:80]!r} is no pattern"
+            message = f"{place}, line {number}: {line[:80]!r} is no pattern"
             raise TrainerError(message, hint="mend that line; the rules are those of .gitignore", code=ExitCode.DATA) from exc
     return GitIgnoreSpec.from_lines(lines).match_file
 
@@ -167,11 +177,14 @@ def _read_ignored(root: Path) -> Callable[[str], bool] | None:
 def place_within(store_uri: str, root: Path) -> str | None:
     """The store's folder as a path of a scan of `root`, with a slash at its end; None where it lies elsewhere.
 
-    Raises TrainerError (CONFIG) where the folder is the store.
+    Raises TrainerError (CONFIG) where the folder is the store, or of its own objects.
     """
     if urlsplit(store_uri).scheme != "file":
         return None
     place, real = Path(os.path.realpath(to_path(store_uri))), Path(os.path.realpath(root))
     if place == real:
         raise TrainerError(f"{root} is the store itself", hint="give another folder as --store", code=ExitCode.CONFIG)
+    if real.is_relative_to(place) and real.relative_to(place).parts[0] in STORE_FOLDERS:
+        message = f"{root} is where the store {place} keeps its own objects"
+        raise TrainerError(message, hint="give the folder of the dataset, or another --store", code=ExitCode.CONFIG)
     return f"{place.relative_to(real).as_posix()}/" if place.is_relative_to(real) else None

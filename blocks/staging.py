@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +28,7 @@ from blocks.reading import MEMORY_BYTES, Read, read_files, take_read
 from blocks.refs import Ref, move_ref, read_ref, ref_key
 from blocks.scanning import Scan, Stat, place_within
 from blocks.sending import find_missing, list_objects, list_sizes, object_names
-from blocks.stat_cache import StatCache
+from blocks.stat_cache import StatCache, with_cache
 from blocks.uploads import LARGE_BYTES, Uploader
 from trainer.errors import ExitCode, TrainerError
 from trainer.packs import ManifestHeader, VersionHash, manifest_key, write_manifest
@@ -82,7 +83,7 @@ def stage_folder(
     """
     started = time.monotonic()
     root, store_uri = root.absolute(), to_uri(store_uri)
-    name = name or root.name or "dataset"
+    name = name or (Path(os.path.realpath(root)) if root.name == ".." else root).name or "dataset"
     ref_key(name)  # refused before anything is done
     inner = place_within(store_uri, root)
     counts = Counts(total_files=len(only) if only is not None else 0)
@@ -91,20 +92,24 @@ def stage_folder(
         if on_silence is not None:
             on_silence(f"waiting for {holder}, which stages this folder or dataset: what it sends is not sent again")
 
-    def work() -> tuple[Ref, Scan]:
-        counts.done_files = counts.done_bytes = counts.reused_bytes = 0
-        stager = _Stager(root, store_uri, name, cache, counts, silence, on_progress or (lambda _: None))
-        with stager.lease:
-            return stager.run(Scan(root, only, inner), again=again)
+    def stage(cache: StatCache) -> tuple[Ref, Scan]:
+        counts.changed_files = counts.read_bytes = 0
 
-    with (
-        StatCache(root, store_uri, name, tell_wait) as cache,
-        told_plainly(store_uri),
-        folders_told_plainly(),
-        SilenceWatch(on_silence, SEND_SECONDS) as silence,
-        Counting(Scan(root, None, inner), counts) if on_progress and only is None else nullcontext(),
-    ):
-        ref, scan = until_unchanged(work, store_uri)
+        def work() -> tuple[Ref, Scan]:
+            counts.done_files = counts.done_bytes = counts.reused_bytes = 0
+            stager = _Stager(root, store_uri, name, cache, counts, silence, on_progress or (lambda _: None))
+            with stager.lease:
+                return stager.run(Scan(root, only, inner), again=again)
+
+        with (
+            told_plainly(store_uri),
+            folders_told_plainly(),
+            SilenceWatch(on_silence, SEND_SECONDS) as silence,
+            Counting(Scan(root, None, inner), counts) if on_progress and only is None else nullcontext(),
+        ):
+            return until_unchanged(work, store_uri)
+
+    ref, scan = with_cache(stage, root, store_uri, name, tell_wait, on_silence)
     seconds = time.monotonic() - started
     return Staged(name, ref.version, store_uri, ref.files, ref.bytes, counts.changed_files, counts.sent_bytes, seconds, scan.left_out)
 
@@ -122,7 +127,7 @@ class _Stager:
         self.uploader = Uploader(uri, root, cache, counts, silence, self.tell)
 
     def run(self, scan: Scan, *, again: bool) -> tuple[Ref, Scan]:
-        ref, _ = read_ref(self.store, self.uri, self.name)
+        ref, _ = read_ref(self.store, self.uri, self.name, mend=again)
         base = self._trust(ref, again=again)
         with closing(self.cache.changes(scan.files(), self.counts, distrust=base is None)) as changes:
             changed = self._send(changes)
@@ -133,7 +138,7 @@ class _Stager:
             self.cache.commit(base.version)
             return base, scan
         with self.silence.asking():
-            move_ref(self.uploader.store, self.uri, self.name, newest)
+            move_ref(self.uploader.store, self.uri, self.name, newest, mend=again)
         check_generation(self.store, self.uri, self.cache.get("generation"))
         self.cache.commit(newest.version)
         return newest, scan

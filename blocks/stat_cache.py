@@ -13,11 +13,11 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice, starmap
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from blocks.counting import Counts
 from blocks.errors import ServiceUnavailable
@@ -27,6 +27,8 @@ from trainer.locks import holding
 from trainer.packs import StagedFile, file_key, pack_key
 
 SCHEMA_VERSION = 1
+T = TypeVar("T")
+
 RACY_NS = 2_000_000_000
 LOCK_SECONDS = 3600.0
 ROWS_AT_ONCE = 512
@@ -43,15 +45,27 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:24]
 
 
+def _is_damage(exc: BaseException | None) -> bool:
+    """Not that a disk is full, or the file may not be written. What is no text has no code of SQLite's."""
+    if not isinstance(exc, sqlite3.DatabaseError):
+        return False
+    code = getattr(exc, "sqlite_errorcode", None)
+    return isinstance(exc, sqlite3.OperationalError) if code is None else code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
 class StatCache:
     """``seen``: files as last read, with the digest that the last committed version has; ``placed``: where contents lie in the store."""
 
-    def __init__(self, root: Path, store_uri: str, name: str, on_wait: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, root: Path, store_uri: str, name: str, on_wait: Callable[[str], None] | None = None, tell: Callable[[str], None] | None = None
+    ) -> None:
         """Waits for whoever stages this folder, or anything as this dataset, to that store from this machine: what he sends need not be
-        sent again. `on_wait` is told so. Raises ServiceUnavailable where he has not ended after an hour.
+        sent again. `on_wait` is told so; `tell`, of a cache that is damaged. Raises ServiceUnavailable where he has not ended after an
+        hour.
         """
         real, folder = os.path.realpath(root), home() / "staging"
-        path = folder / f"{_digest(str(SCHEMA_VERSION), real, store_uri, name)}.sqlite"
+        self._path = folder / f"{_digest(str(SCHEMA_VERSION), real, store_uri, name)}.sqlite"
+        self._tell = tell
         with ExitStack() as locks:
             try:
                 # In this order everywhere, so that no two wait for each other.
@@ -60,34 +74,49 @@ class StatCache:
             except TimeoutError as exc:
                 message = f"{exc} has been staging this folder or dataset for an hour"
                 raise ServiceUnavailable(message, hint="stop it, or wait for it") from exc
-            self._open_or_mend(path)
+            self._open_or_mend()
             self._locks = locks.pop_all()
 
-    def _open_or_mend(self, path: Path) -> None:
+    def _open_or_mend(self) -> None:
         try:
-            self._open(path)
-        except sqlite3.DatabaseError as exc:  # damaged: it is only a cache
-            if exc.sqlite_errorname in ("SQLITE_FULL", "SQLITE_READONLY", "SQLITE_CANTOPEN"):
+            self._open()
+        except sqlite3.DatabaseError as exc:
+            if not _is_damage(exc):
                 raise
-            for suffix in ("", "-wal", "-shm"):
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
-            self._open(path)
+            self._put_aside()
+            self._open()
 
-    def _open(self, path: Path) -> None:
-        self.writer = sqlite3.connect(path, isolation_level=None)
+    def _open(self) -> None:
+        self.writer = sqlite3.connect(self._path, isolation_level=None)
         self.writer.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA cache_size=-16384; {SCHEMA}")
-        self.reader = sqlite3.connect(path, isolation_level=None)
+        self.reader = sqlite3.connect(self._path, isolation_level=None)
+
+    def _put_aside(self) -> None:
+        """It is only a cache; and somebody may want to know what damaged it."""
+        aside = self._path.with_name(f"{self._path.name}.damaged")
+        for suffix in ("", "-wal", "-shm"):
+            aside.with_name(aside.name + suffix).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                self._path.with_name(self._path.name + suffix).rename(aside.with_name(aside.name + suffix))
+        if self._tell:
+            self._tell(
+                f"what this machine knew of the folder, {self._path}, is damaged, and put aside as {aside.name}: the files are read again, "
+                "and what the store has is not sent again"
+            )
 
     def close(self) -> None:
-        with self._locks:
-            self.reader.close()
-            self.writer.close()
+        self.reader.close()
+        self.writer.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        """Puts the cache aside after an error that says that it is damaged, as only a use of it may tell."""
+        with self._locks:
+            self.close()
+            if _is_damage(exc):
+                self._put_aside()
 
     def get(self, key: str) -> str:
         row = self.writer.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
@@ -220,3 +249,17 @@ class StatCache:
         self.set("version", version)
         self.set("dirty", "")
         self.writer.execute("COMMIT")
+
+
+def with_cache(
+    use: Callable[[StatCache], T], root: Path, store_uri: str, name: str, on_wait: Callable[[str], None], tell: Callable[[str], None] | None
+) -> T:
+    """What `use` makes of the cache; of a new one, where it turns out to be damaged."""
+    try:
+        with StatCache(root, store_uri, name, on_wait, tell) as cache:
+            return use(cache)
+    except sqlite3.DatabaseError as exc:
+        if not _is_damage(exc):
+            raise
+    with StatCache(root, store_uri, name, on_wait, tell) as cache:
+        return use(cache)

@@ -127,17 +127,21 @@ def stage(path: str, store_uri: str, name: str | None, again: bool, as_json: boo
 @AS_JSON
 def fetch(version: str, store_uri: str, folder: str, as_json: bool) -> None:
     """Bring VERSION (a version, the beginning of one, or a dataset's name) to a folder, every file's sha256 compared."""
+    from blocks.places import verified_path
     from blocks.refs import find_version
     from trainer.fetching import fetch_version
 
     ticker = Ticker()
     started = time.monotonic()
     wanted = find_version(store_uri, version)
-    place = Path(folder).absolute()
+    place = Path(os.path.realpath(Path(folder).expanduser()))
     kept = f"{place}.partial-{wanted[:12]} keeps what has come: the same command goes on from there"
     with telling_what_is_kept(ticker, kept):
         fetched = fetch_version(
-            store_uri, wanted, place, ticker.on_bytes, on_wait=lambda who: ticker.say(f"waiting for {who}"), on_silence=ticker.say
+            *(store_uri, wanted, place, ticker.on_bytes),
+            on_wait=lambda who: ticker.say(f"waiting for {who}"),
+            on_silence=ticker.say,
+            verified=verified_path(place),
         )
     ticker.end()
     seconds = time.monotonic() - started
@@ -181,21 +185,27 @@ def list_command(store_uri: str, as_json: bool) -> None:
     """List the datasets of a store."""
     import msgspec
 
-    from blocks.refs import list_refs, require_store
+    from blocks.refs import read_refs, require_store
     from trainer.storage import open_store, told_plainly
 
     require_store(store_uri)
     with told_plainly(store_uri):
-        refs = list_refs(open_store(store_uri), store_uri)
+        refs, damaged = read_refs(open_store(store_uri), store_uri)
     if as_json:
-        click.echo(msgspec.json.encode(refs).decode())
+        click.echo(msgspec.json.encode({**refs, **{name: {"damaged": exc.message} for name, exc in damaged.items()}}).decode())
+        return
+    if not refs and not damaged:
+        click.echo(f"no datasets in {store_uri}")
         return
     from flows.display import print_table
 
     rows = [
         (name, ref.version[:12], ref.files, format_bytes(ref.bytes), f"{ref.updated_at:%Y-%m-%d %H:%M} UTC") for name, ref in refs.items()
     ]
+    rows += [(name, "damaged", "", "", "") for name in damaged]
     print_table(f"datasets in {store_uri}", ("name", "version", "files", "size", "staged"), rows)
+    for exc in damaged.values():
+        click.echo(f"warning: {exc}", err=True)
 
 
 @click.command()

@@ -23,22 +23,28 @@ if TYPE_CHECKING:
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 def rm(name: str, store_uri: str, yes: bool) -> None:
     """Take the dataset NAME out of a store. `gc` then frees what no other dataset and no run needs."""
-    from blocks.refs import delete_ref, read_ref, require_store
+    from blocks.refs import delete_ref, list_names, read_refs, require_store
     from trainer.storage import open_store, told_plainly
 
     require_store(store_uri)
     with told_plainly(store_uri):
         store = open_store(store_uri)
-        ref, _ = read_ref(store, store_uri, name)
+        refs, damaged = read_refs(store, store_uri)
+    ref = refs.get(name)
     if ref is not None:
         click.echo(
             f"{name}: version {ref.version[:12]}, {describe_number(ref.files, 'file')}, {format_bytes(ref.bytes)}, "
             f"{describe_number(len(ref.previous), 'version')} before it"
         )
-    if ref is None or is_wanted("remove this dataset from the store?", yes=yes):
+    elif name in damaged:
+        click.echo(
+            f"{name}: its ref is damaged, so nobody knows its versions; what no other dataset and no run needs of them is garbage then"
+        )
+    known = ref is not None or name in damaged
+    if not known or is_wanted("remove this dataset from the store?", yes=yes):
         with told_plainly(store_uri):
             delete_ref(store, store_uri, name)
-            labels = read_ref(store, store_uri, f"{name}.labels")[0]
+            labels = f"{name}.labels" in list_names(store)
         rest = f" ({name}.labels, which were staged with it, stay: `rm` them, too)" if labels else ""
         click.echo(f"removed {name}{rest}; `trainyard dataset gc --store {store_uri}` frees its space")
 
@@ -50,16 +56,19 @@ def rm(name: str, store_uri: str, yes: bool) -> None:
     "--keep-previous", type=click.IntRange(min=0), default=10, show_default=True, help="Versions of a dataset to keep before its newest."
 )
 @click.option("--keep-previous-for", type=Age(), help="Of those, only the ones that were written within this time, such as 30d.")
+@click.option("--drop-damaged", is_flag=True, help="Of those, none whose manifest is damaged: nobody can read it.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @AS_JSON
-def gc_command(store_uri: str, grace: timedelta, keep_previous: int, keep_previous_for: timedelta | None, yes: bool, as_json: bool) -> None:
+def gc_command(
+    store_uri: str, grace: timedelta, keep_previous: int, keep_previous_for: timedelta | None, drop_damaged: bool, yes: bool, as_json: bool
+) -> None:
     """Free what no dataset, run or pin of a store needs. With --json it deletes only with --yes."""
     from blocks.garbage import Policy, collect, occupied_error, open_marker, plan_collection, versions_of_open_runs
     from blocks.refs import require_store
     from trainer.contract import utc_now
     from trainer.storage import told_plainly
 
-    policy = Policy(grace=grace, keep_previous=keep_previous, previous_for=keep_previous_for)
+    policy = Policy(grace=grace, keep_previous=keep_previous, previous_for=keep_previous_for, drop_damaged=drop_damaged)
     require_store(store_uri)
     runs = versions_of_open_runs()
     with told_plainly(store_uri):

@@ -6,6 +6,7 @@ A cache holds, for each version::
     <version>/lock           shared by who uses them, exclusive for who deletes them
     <version>/data.lock      of who fetches them
     <version>/used           its bytes; its time is that of the last use
+    <version>/verified       the state of the files when they were verified last
 
 Versions used longest ago are deleted where a fetch would pass the limit, those in use never. Locks are ``flock``: on a volume
 that several machines share, it must reach all of them (NFS 4, or NFS 3 with its lock daemon). Where a volume refuses locks,
@@ -119,7 +120,9 @@ def _fetch_to_cache(
             _make_room(cache, version, header.bytes, limit, tell)
 
     folder = entry / "data"
-    got = fetch_version(store_uri, version, folder, on_progress, on_wait=wait, on_silence=tell, on_start=start, repair=True)
+    got = fetch_version(
+        *(store_uri, version, folder, on_progress), on_wait=wait, on_silence=tell, repair=start, verified=entry / "verified"
+    )
     with folders_told_plainly():
         write_atomic(entry / "used", str(got.bytes).encode())
     return folder, got

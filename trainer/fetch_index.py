@@ -125,6 +125,10 @@ class FetchIndex:
         query = "SELECT 1 FROM files WHERE path = ? UNION ALL SELECT 1 FROM in_place WHERE path = ?"
         return self._db.execute(query, (path, path)).fetchone() is not None
 
+    def paths(self) -> Iterator[tuple[str, int]]:
+        """All by path, with their sizes; in place or not."""
+        return iter(self._db.execute("SELECT path, size FROM files UNION ALL SELECT path, size FROM in_place ORDER BY path"))
+
     def files(self) -> Iterator[Wanted]:
         """All, by object and offset."""
         rows = self._db.execute("SELECT key, offset, sha256, path, size FROM files ORDER BY key, offset, sha256, path")

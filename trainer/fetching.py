@@ -7,6 +7,7 @@ What a fetch that was cut left there is compared again and kept where it is righ
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import threading
@@ -23,7 +24,6 @@ from trainer.in_place import fetch_in_place
 from trainer.locks import holding
 from trainer.packs import (
     MAX_MANIFEST_BYTES,
-    STAGE_AGAIN,
     ManifestHeader,
     StagedFile,
     check_version,
@@ -34,6 +34,7 @@ from trainer.packs import (
 from trainer.ranges import RangeReader
 from trainer.silence import SilenceWatch
 from trainer.storage import PATIENCE, folders_told_plainly, open_store, told_plainly
+from trainer.verified_folder import read_state, remember, why_not_whole
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -117,61 +118,66 @@ def fetch_version(
     *,
     on_wait: Callable[[str], None] | None = None,
     on_silence: Callable[[str], None] | None = None,
-    on_start: Callable[[ManifestHeader], None] | None = None,
-    repair: bool = False,
+    repair: Callable[[ManifestHeader], None] | None = None,
+    verified: Path | None = None,
 ) -> Fetched:
-    """Makes `to` the files of a version. Nothing is done where it is there already.
+    """Makes `to` the files of a version. Nothing is fetched where it is there already.
 
     `on_progress` gets bytes done and bytes in all; `on_wait` is told who fetches to there already; `on_silence` hears, from
-    another thread, that the store does not answer; `on_start` gets the header before anything is written. With `repair`, a
-    folder that lacks files is filled where it is, else it is refused.
-    Raises TrainerError: NOT_FOUND, DATA (damaged or hostile), DISK_FULL, OCCUPIED (`to` holds something else),
-    CONFIG (a file system that takes two names for one), PERMISSION and UNAVAILABLE from the store.
+    another thread, that the store does not answer. With `repair`, a folder that lacks files is filled where it is, else it is
+    refused; it gets the header before anything is written. `verified` is where it is remembered what was verified: `to` is read
+    again where it is not as it was then.
+    Raises TrainerError: NOT_FOUND, DATA (damaged or hostile), DISK_FULL, OCCUPIED (`to` holds something else, or cannot be
+    replaced), CONFIG (a file system that takes two names for one), PERMISSION and UNAVAILABLE from the store.
     """
     if os.path.lexists(to) and not to.is_dir():
         raise TrainerError(f"{to} is a file, or a link to none", hint="give a new or empty folder", code=ExitCode.OCCUPIED)
-    with told_plainly(store_uri), folders_told_plainly(), named_in_hints(store_uri):
+    to = Path(os.path.realpath(to))
+    if not to.name:
+        raise TrainerError(f"{to} is no folder to fetch to", hint="give a new or empty folder", code=ExitCode.OCCUPIED)
+    with told_plainly(store_uri), folders_told_plainly():
         store = open_store(store_uri)
         with holding(to.with_name(f"{to.name}.lock"), on_wait):
             header, files = read_version(store, version)
             if to.exists() and any(to.iterdir()):
-                if _is_whole(to, files):
+                # What is to be repaired is read by the repair, in parallel.
+                on_bytes = None if repair else Count(header.bytes, on_progress).add
+                why = why_not_whole(to, version, lambda: read_version(store, version)[1], verified, on_bytes)
+                if not why:
                     return Fetched(version, header.files, header.bytes, 0, 0)
                 if not repair:
-                    raise TrainerError(f"{to} holds other files", hint="give a new or empty folder", code=ExitCode.OCCUPIED)
+                    raise TrainerError(f"{to} holds other files: {why}", hint="give a new or empty folder", code=ExitCode.OCCUPIED)
                 folder = to
-                header, files = read_version(store, version)
             else:
+                _refuse_irreplaceable(to, version)
                 folder = to.with_name(f"{to.name}.partial-{version[:12]}")
-            if on_start:
-                on_start(header)
+            if repair:
+                repair(header)
             with SilenceWatch(on_silence, PATIENCE.total_seconds()) as silence:
-                got = _Fetch(store_uri, header, folder, on_progress, silence).run(files, to.with_name(f"{to.name}.index"))
+                fetch = _Fetch(store_uri, header, folder, on_progress, silence, repair=folder == to)
+                got, state = fetch.run(files, to.with_name(f"{to.name}.index"), with_state=verified is not None)
             if folder != to:
-                if to.exists():
-                    to.rmdir()
-                folder.rename(to)
+                folder.rename(to)  # an empty one makes way
+            if verified is not None:
+                remember(verified, state)
             return got
 
 
-@contextlib.contextmanager
-def named_in_hints(store_uri: str) -> Iterator[None]:
-    """Who finds an object damaged knows its key, not the store's URI."""
+def _refuse_irreplaceable(to: Path, version: str) -> None:
+    """An empty folder that the fetched one cannot come in place of: told now, as it would be after all has come."""
+    hint = f"give a folder in it, such as {to}/{version[:12]}"
     try:
-        yield
-    except TrainerError as exc:
-        if exc.hint == STAGE_AGAIN:
-            exc.hint = STAGE_AGAIN.replace("STORE", store_uri)
-        raise
-
-
-def _is_whole(folder: Path, files: Iterator[StagedFile]) -> bool:
-    """By size, as a rename has proven the content. Makes nothing; reads all of `files` only where it is whole."""
-    try:
-        with open_root(folder) as root, FileTree(root, folder, make=False) as tree:
-            return all(tree.size(file.path) == file.size for file in files)
-    except TrainerError:  # a link or a file where a folder should be
-        return False
+        if os.path.samestat(os.stat("."), to.stat()):  # noqa: PTH116 - also of one that is gone
+            raise TrainerError(f"{to} is the current folder, which cannot be replaced", hint=hint, code=ExitCode.OCCUPIED)
+        aside = to.with_name(f"{to.name}.aside")
+        to.rename(aside)
+        aside.rename(to)
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        if exc.errno != errno.EBUSY:
+            raise
+        raise TrainerError(f"something is mounted at {to}, so it cannot be replaced", hint=hint, code=ExitCode.OCCUPIED) from exc
 
 
 class Count:
@@ -192,16 +198,29 @@ class Count:
 
 
 class _Fetch:
-    """One fetch into one folder. With `resumed`, there are files that may be right, half, or something else."""
+    """One fetch into one folder. With `resumed`, there are files that may be right, half, or something else.
 
-    def __init__(self, store_uri: str, header: ManifestHeader, folder: Path, on_progress: Progress | None, silence: SilenceWatch) -> None:
-        self.store_uri, self.header, self.folder = store_uri, header, folder
+    With `repair` it was whole once, and what has become of it nobody knows.
+    """
+
+    def __init__(
+        self,
+        store_uri: str,
+        header: ManifestHeader,
+        folder: Path,
+        on_progress: Progress | None,
+        silence: SilenceWatch,
+        *,
+        repair: bool = False,
+    ) -> None:
+        self.store_uri, self.header, self.folder, self.repair = store_uri, header, folder, repair
         self.resumed = os.path.lexists(folder)
         self.silence = silence
         self.reader = RangeReader(open_store(store_uri, "fetch"), silence)
         self.count = Count(header.bytes, on_progress)
 
-    def run(self, files: Iterator[StagedFile], index_path: Path) -> Fetched:
+    def run(self, files: Iterator[StagedFile], index_path: Path, *, with_state: bool) -> tuple[Fetched, str]:
+        """What was fetched and, if it is wanted, the state of the folder then."""
         header = self.header
         with open_root(self.folder) as root:
             self._refuse_full(root, header.files * INDEX_BYTES, 0)
@@ -216,7 +235,9 @@ class _Fetch:
                 if self.resumed:
                     index.sort_paths()
                     remove_others(root, index.has)
-        return Fetched(header.version, header.files, header.bytes, self.count.fetched_files, self.count.fetched_bytes)
+                with FileTree(root, self.folder, make=False) as tree:
+                    state = read_state(tree, header.version, index.paths()) if with_state else ""
+        return Fetched(header.version, header.files, header.bytes, self.count.fetched_files, self.count.fetched_bytes), state
 
     def _plan(self, files: Iterator[StagedFile], index: FetchIndex, root: int) -> int:
         """Fills the index. Returns the bytes of disk that are needed, by whole blocks."""
@@ -259,8 +280,8 @@ class _Fetch:
         def missing() -> Iterator[StagedFile]:
             with FileTree(root, self.folder) as tree:
                 for file in index.files_in_place():
-                    # The folder is of this version, which knows one state of the object, and what failed half way is shorter.
-                    if self.resumed and tree.size(file.path) == file.size:
+                    # A fetch that was cut is of this version, which knows one state of the object, and what failed half way is shorter.
+                    if self.resumed and not self.repair and tree.size(file.path) == file.size:
                         self.count.add(file.size)
                     else:
                         yield file

@@ -93,14 +93,19 @@ class FileTree:
                 raise _no_folder(f"{self.place}/{parent}") from exc
             raise self._told(exc, parent, 0) from exc
 
-    def size(self, path: str) -> int | None:
-        """Bytes of a regular file; None where there is none."""
+    def look(self, path: str) -> os.stat_result | None:
+        """A regular file; None where there is none."""
         try:
             name, folder = self._enter(path)
             found = os.stat(name, dir_fd=folder, follow_symlinks=False)
         except FileNotFoundError:
             return None
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return found if stat.S_ISREG(found.st_mode) else None
+
+    def size(self, path: str) -> int | None:
+        """Bytes of a regular file; None where there is none."""
+        found = self.look(path)
+        return found.st_size if found else None
 
     def holds(self, path: str, size: int, digest: bytes) -> bool:
         """Whether a regular file of this content is there."""

@@ -46,6 +46,10 @@ READABLE_SCHEMA = 2  # 2: has files in place
 STAGE_AGAIN = "send it anew from its folder: trainyard dataset stage PATH --store STORE --again"
 
 
+class DamagedManifest(TrainerError):
+    """Nobody can read its version, or those that say what differs from it."""
+
+
 class InPlace(NamedTuple):
     """An object that is used where it lies: the URI of its prefix, and its key below that."""
 
@@ -260,8 +264,8 @@ def _read_line(stream: gzip.GzipFile, most: int) -> bytes:
     return line
 
 
-def _damaged(version: str, why: str) -> TrainerError:
-    return TrainerError(
+def _damaged(version: str, why: str) -> DamagedManifest:
+    return DamagedManifest(
         f"the manifest of dataset version {version[:12]} is damaged: {why}",
         hint=STAGE_AGAIN,
         code=ExitCode.DATA,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -111,11 +112,17 @@ def _disk_full_number(exc: Exception) -> int | None:
 
 @contextlib.contextmanager
 def told_plainly(uri: str) -> Iterator[None]:
-    """obstore's errors as a TrainerError: PERMISSION for a refused identity, NOT_FOUND, CONFIG, DISK_FULL, else UNAVAILABLE."""
+    """obstore's errors as a TrainerError: PERMISSION for a refused identity, NOT_FOUND, CONFIG, DISK_FULL, else UNAVAILABLE.
+
+    Hints of our own get the store's name: who finds an object damaged knows its key only.
+    """
     from obstore import exceptions
 
     try:
         yield
+    except TrainerError as exc:
+        exc.hint = exc.hint.replace("--store STORE", f"--store {shlex.quote(uri)}")
+        raise
     except FileNotFoundError as exc:
         if any(code in str(exc) for code in ("NoSuchBucket", "ContainerNotFound", "ResourceNotFound")):
             raise explain(uri, str(exc)) from None

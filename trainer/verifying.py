@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trainer.errors import ExitCode, TrainerError
 from trainer.fetch_index import FetchIndex, Part, cut_parts
-from trainer.fetching import Count, Fetched, Progress, named_in_hints, read_version
+from trainer.fetching import Count, Fetched, Progress, read_version
 from trainer.in_place import verify_in_place
 from trainer.packs import StagedFile
 from trainer.ranges import RangeReader
@@ -26,7 +26,7 @@ def verify_version(
 
     Files in place have no sha256 that is known: their store is asked whether they are as they were registered.
     """
-    with told_plainly(store_uri), folders_told_plainly(), named_in_hints(store_uri):
+    with told_plainly(store_uri), folders_told_plainly():
         header, files = read_version(open_store(store_uri), version)
         count = Count(header.bytes, on_progress)
         with _indexed(files) as index, SilenceWatch(on_silence, PATIENCE.total_seconds()) as silence:

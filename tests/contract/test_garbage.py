@@ -92,7 +92,7 @@ def test_after_the_name_is_gone_all_is_freed_and_what_is_foreign_stays(store_uri
     foreign = {"packs/readme.txt", "files/ab/image.jpg", "manifests/old.jsonl.gz", "data/1.jpg", f"elsewhere/packs/ab/{'a' * 64}.tar"}
     for key in foreign:
         obstore.put(store, key, b"mine")
-    assert delete_ref(store, store_uri, "source").version == staged.version
+    delete_ref(store, store_uri, "source")
     freed = free(store_uri)
     assert freed.objects == 3
     assert freed.bytes > staged.bytes
@@ -140,7 +140,7 @@ def test_a_damaged_manifest_that_is_needed_frees_nothing(store_uri: str, source:
     with pytest.raises(TrainerError, match="damaged"):
         free(store_uri)
     obstore.delete(store, f"manifests/{stages[1].version}.jsonl.gz")
-    with pytest.raises(TrainerError, match="a ref needs the manifest"):
+    with pytest.raises(TrainerError, match=r"lacks the manifest of version .*; a ref needs it"):
         free(store_uri)
     assert objects(store_uri) == before - {f"manifests/{stages[1].version}.jsonl.gz"}
     stage_folder(source, store_uri, again=True)

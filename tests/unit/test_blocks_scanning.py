@@ -76,13 +76,19 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
         paths(tmp_path / "none")
 
 
-@pytest.mark.parametrize("pattern", ["!", "a\\", "[z-a]"])
+@pytest.mark.parametrize("pattern", ["!", "a\\", "[z-a]", "[", "raw/[a-z", "[]", "[!]"])
 def test_a_line_that_is_no_pattern_is_named(tmp_path: Path, pattern: str) -> None:
     write(tmp_path, "a.jpg")
     (tmp_path / ".trainyardignore").write_text(f"*.log\n{pattern}\n")
     with pytest.raises(TrainerError, match=r"line 2: .* is no pattern") as refused:
         paths(tmp_path)
     assert refused.value.code == ExitCode.DATA
+
+
+def test_brackets_that_are_closed_or_escaped_or_of_a_comment_are_none_to_complain_of(tmp_path: Path) -> None:
+    write(tmp_path, "a.jpg", "b.jpg", "]", "[c.jpg")
+    (tmp_path / ".trainyardignore").write_text("# [not closed\n[a]*\n[]]\n\\[c.jpg\n.trainyardignore\n")
+    assert paths(tmp_path) == ["b.jpg"]
 
 
 @pytest.mark.parametrize("gone", ["a/2.txt", "b"])

@@ -188,3 +188,36 @@ def test_a_store_that_has_the_same_version_and_other_packs_gets_what_it_lacks(
     assert again.version == second.version
     assert verify_version(str(store), again.version).files == 20
     assert stage_folder(root, str(store)).changed_files == 0
+
+
+def damage_page(path: Path, content: bytes) -> None:
+    """The page of SQLite's that has the content."""
+    start = path.read_bytes().index(content) // 4096 * 4096
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(b"\xa5" * 4096)
+
+
+@pytest.mark.parametrize("damage", ["a page", "all of it"])
+def test_a_damaged_cache_is_put_aside_and_told_and_nothing_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+    (tmp_path / "set").mkdir()
+    for number in range(2000):
+        image = tmp_path / f"set/an image with a long name {number:06}.jpg"
+        image.write_bytes(b"%d" % number)
+        os.utime(image, (1e9, 1e9))
+    first = stage_folder(tmp_path / "set", str(tmp_path / "store"))
+    [cache] = (tmp_path / "home/staging").glob("*.sqlite")
+    damage_page(cache, b"name 001000") if damage == "a page" else cache.write_bytes(b"no database at all" * 1000)
+    broken = cache.read_bytes()
+    told: list[str] = []
+    again = stage_folder(tmp_path / "set", str(tmp_path / "store"), on_silence=told.append)
+    assert (again.version, again.sent_bytes, again.changed_files) == (first.version, 0, 2000)
+    [line] = told
+    assert "is damaged, and put aside as" in line
+    assert str(cache) in line
+    assert cache.with_name(f"{cache.name}.damaged").read_bytes() == broken
+    unchanged = stage_folder(tmp_path / "set", str(tmp_path / "store"), on_silence=told.append)
+    assert (unchanged.version, unchanged.changed_files, len(told)) == (first.version, 0, 1)

@@ -138,14 +138,14 @@ def test_after_a_fetcher_that_was_killed_the_next_one_completes(cached: Any, tmp
         killed.kill()
     with cached(1) as found:
         assert read_tree(found.folder) == files(1)
-        assert sorted(path.name for path in found.folder.parent.iterdir()) == ["data", "lock", "used"]
+        assert sorted(path.name for path in found.folder.parent.iterdir()) == ["data", "lock", "used", "verified"]
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "another byte"])
 def test_a_damaged_entry_is_mended_by_what_is_missing(cached: Any, damage: str) -> None:
     with cached(1) as first:
         victim = first.folder / "images/1-7.jpg"
-    victim.unlink() if damage == "gone" else victim.write_bytes(b"half")
+    victim.unlink() if damage == "gone" else victim.write_bytes(b"half" if damage == "cut" else b"?" + victim.read_bytes()[1:])
     with cached(1) as mended:
         assert (mended.fetched_files, mended.fetched_bytes) == (1, 1000)
         assert read_tree(mended.folder) == files(1)

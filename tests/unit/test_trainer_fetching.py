@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from trainer.packs import InPlace, StagedFile, file_key
 from trainer.ranges import FEWEST_STREAMS, MOST_STREAMS, next_streams
 from trainer.verifying import verify_version
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"a/1.txt": b"one", "a/2.txt": b"two", "b/copy of 1": b"one", "empty": b""}
 LARGE = random.Random(1).randbytes(2 * PART_BYTES + 12345)
 
@@ -119,6 +124,103 @@ def test_an_object_that_is_too_short_is_told_as_damage(store: Path, tmp_path: Pa
     with pytest.raises(TrainerError, match="is damaged: it ends before") as refused:
         fetch_version(str(store), version, tmp_path / "copy")
     assert refused.value.code is ExitCode.DATA
+
+
+# --- What is there already -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a/1.txt", "large"])
+def test_a_file_that_was_damaged_since_is_found_though_its_size_is_right(store: Path, tmp_path: Path, name: str) -> None:
+    """Also with its old time: a write leaves another trace. Nothing of a folder that may be somebody's own is overwritten."""
+    version, to, verified = write_store(store, SMALL, {"large": LARGE}), tmp_path / "copy", tmp_path / "memory/of copy"
+    fetch_version(str(store), version, to, verified=verified)
+    before = (to / name).stat()
+    damaged = b"\0" + (to / name).read_bytes()[1:]
+    (to / name).write_bytes(damaged)
+    os.utime(to / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for memory in (verified, None):
+        with pytest.raises(TrainerError, match=f"{name} is not as it was staged") as refused:
+            fetch_version(str(store), version, to, verified=memory)
+        assert refused.value.code is ExitCode.OCCUPIED
+    assert (to / name).read_bytes() == damaged
+    assert fetch_version(str(store), version, to, verified=verified, repair=lambda _: None).fetched_files == 1
+    assert read_tree(to) == {**SMALL, "large": LARGE}
+    assert fetch_version(str(store), version, to).fetched_files == 0
+
+
+def test_what_was_verified_is_not_read_again_until_it_changes(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version, to, verified = write_store(store, SMALL), tmp_path / "copy", tmp_path / "memory"
+    hashed: list[str] = []
+    real = FileTree.holds
+
+    def holds(tree: FileTree, path: str, size: int, digest: bytes) -> bool:
+        hashed.append(path)
+        return real(tree, path, size, digest)
+
+    monkeypatch.setattr(FileTree, "holds", holds)
+    fetch_version(str(store), version, to, verified=verified)
+    assert fetch_version(str(store), version, to, verified=verified).fetched_files == 0
+    assert hashed == []
+    os.utime(to / "b/copy of 1", (1e9, 1e9))
+    for _ in range(2):
+        assert fetch_version(str(store), version, to, verified=verified).fetched_files == 0
+    assert sorted(hashed) == sorted(SMALL), "once, as all of it was right"
+    assert fetch_version(str(store), version, to, verified=Path("/proc/none/memory")).fetched_files == 0, "it is only a memory"
+
+
+def test_a_link_to_an_empty_folder_is_where_the_files_come_to(store: Path, tmp_path: Path) -> None:
+    version = write_store(store, SMALL)
+    (tmp_path / "disk/room").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk/room")
+    fetch_version(str(store), version, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert read_tree(tmp_path / "disk/room") == SMALL
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link", "store"]
+
+
+@pytest.mark.parametrize("to", [".", "../here", "/"])
+def test_a_folder_that_cannot_be_replaced_is_refused_before_any_byte(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[tuple[str, int, int]], to: str
+) -> None:
+    """The current one, after which a shell would stand in one that is gone, and the root."""
+    version = write_store(store, SMALL)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(TrainerError) as refused:
+        fetch_version(str(store), version, Path(to))
+    assert refused.value.code is ExitCode.OCCUPIED
+    assert "folder" in refused.value.hint
+    assert reads == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "store"]
+
+
+MOUNTED = """
+import sys
+from pathlib import Path
+import obstore
+from trainer.fetching import fetch_version
+obstore.get_range = lambda *_, **__: sys.exit("a byte was read")
+fetch_version(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("unshare") is None, reason="mounts in a namespace of its own")
+@pytest.mark.parametrize("mount", ["-t tmpfs tmpfs", "--bind other"])
+def test_a_mount_point_is_refused_before_any_byte(store: Path, tmp_path: Path, mount: str) -> None:
+    version = write_store(store, SMALL)
+    for name in ("data", "other"):
+        (tmp_path / name).mkdir()
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", f'mount {mount} data || exit 99; exec "$@"', "sh"]
+    paths = (str(store), version, str(tmp_path / "data"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    program = [*command, sys.executable, "-c", MOUNTED, *paths]
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 99 or "unshare failed" in done.stderr:
+        pytest.skip(f"nothing can be mounted here: {done.stderr}")
+    assert "TrainerError" in done.stderr.splitlines()[-1]
+    assert f"something is mounted at {tmp_path / 'data'}" in done.stderr
+    assert f"{tmp_path / 'data'}/{version[:12]}" in done.stderr, "the hint names a folder that works"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "other", "store"]
 
 
 # --- Hostile stores and folders ------------------------------------------------------------------------
