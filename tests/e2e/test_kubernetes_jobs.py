@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,17 +10,16 @@ from unittest import mock
 
 import pytest
 
-from blocks.errors import AuthError, ConfigError, JobNotFound, PlanChanged, ServiceUnavailable
-from blocks.job import CheckLine, CheckReport, FailureReason, JobRef, JobState, Resources
+from blocks.errors import ConfigError, JobNotFound, PlanChanged
+from blocks.job import CheckLine, FailureReason, JobRef, JobState, Resources
 from blocks.provider import Provider
 from blocks.providers import kubernetes_client
 from blocks.providers.kubernetes_client import NoAnswer
 from blocks.providers.kubernetes_job import KubernetesProvider
 from blocks.providers.kubernetes_objects import is_over
-from tests.cluster.cluster import Cluster, pod
-from tests.e2e.test_kubernetes_rights import shipped
-from tests.kubernetes_jobs import WAIT, Jobs, ended, host_folders, jobs_in, watch, write_receipt
-from tests.stack import REPOSITORY, wait_for
+from tests.cluster.cluster import Cluster
+from tests.kubernetes_jobs import WAIT, Jobs, ended, jobs_in, watch, write_receipt
+from tests.stack import wait_for
 from tests.stores import StoreServer
 from trainer.contract import AttemptLayout, ExitRecord, utc_now
 from trainer.storage import ObjectFolder
@@ -310,87 +308,6 @@ def test_all_that_a_pod_may_not_do_is_forbidden(jobs: Jobs) -> None:
     lines = [line.replace("\t", " ") for line in read_log(provider, ref)]
     limits = {"NoNewPrivs: 1", "Seccomp: 2", "CapEff: 0000000000000000"}
     assert {"ids 1000 1000", "readonly", "writable", "no token"} | limits <= set(lines), lines
-
-
-# --- Who asks ----------------------------------------------------------------------------------------------
-
-
-def test_every_way_to_log_in(jobs: Jobs, cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
-    token = cluster.token(jobs.namespace, "default")
-    path = cluster.kubeconfig(jobs.namespace, "default")
-    identity = f"system:serviceaccount:{jobs.namespace}:default"
-    server = {"kubeconfig_path": "", "api_server": cluster.server, "token": token}
-    for login in (
-        {"kubeconfig_path": str(path)},
-        {"kubeconfig_path": "", "kubeconfig": path.read_text()},
-        {**server, "ca_certificate": str(cluster.certificate)},
-        {**server, "ca_certificate": cluster.certificate.read_text()},
-        {**server, "verify_ssl": False},
-    ):
-        caplog.clear()
-        provider = jobs.provider(**login)
-        report = provider.check()
-        lines = {line.name: line for line in report.lines}
-        assert lines["identity"].message == identity, report
-        # On by default; whoever turns it off is warned wherever they look.
-        warned = ["tls" in lines, "certificate is not checked" in caplog.text, bool(provider.plan(jobs.spec()).warnings)]
-        assert warned == ["verify_ssl" in login] * 3
-        assert not lines["rights"].ok
-        assert "create jobs" in lines["rights"].message
-        assert "kubectl apply" in lines["rights"].fix
-        assert token not in report.model_dump_json()
-
-
-IN_THE_POD = """
-import sys
-from blocks.providers.kubernetes_job import KubernetesProvider
-from blocks.providers.kubernetes_objects import is_over
-print(KubernetesProvider.from_settings({"namespace": sys.argv[1]}).check().model_dump_json())
-"""
-
-
-def test_in_a_pod_the_mounted_token_logs_in(jobs: Jobs, cluster: Cluster) -> None:
-    """A real pod of the shipped account, with this environment's Python; nothing is set that a cluster does not set itself."""
-    cluster.apply(*shipped("rbac.yaml", jobs.namespace), namespace=jobs.namespace)
-    paths = [path for path in (*host_folders(), str(REPOSITORY / "blocks")) if Path(path).exists()]
-    folders = {f"host-{number}": path for number, path in enumerate(paths)}
-    variables = {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/tmp"}
-    container = {
-        "name": "flow",
-        "image": cluster.small_image,
-        "command": [sys.executable, "-P", "-c", IN_THE_POD, jobs.namespace],
-        "env": [{"name": name, "value": value} for name, value in variables.items()],
-        "volumeMounts": [{"name": name, "mountPath": path, "readOnly": True} for name, path in folders.items()],
-    }
-    volumes = [{"name": name, "hostPath": {"path": path}} for name, path in folders.items()]
-    cluster.apply(pod("flow", container, serviceAccountName="trainyard", hostNetwork=True, volumes=volumes), namespace=jobs.namespace)
-    over = ("Succeeded", "Failed")
-    wait_for("the pod's end", lambda: cluster.get("pod", "flow", jobs.namespace)["status"]["phase"] in over, 90)
-    report = CheckReport.model_validate_json(cluster.kubectl("logs", "flow", "--namespace", jobs.namespace).stdout)
-    lines = {line.name: line for line in report.lines}
-    assert report.ok, report
-    assert lines["identity"].message == f"system:serviceaccount:{jobs.namespace}:trainyard"
-    assert cluster.server in lines["server"].message
-    assert "tls" not in lines
-    assert "dry run" in lines["job"].message
-
-
-def test_refused_logins_are_told(jobs: Jobs, cluster: Cluster) -> None:
-    server = {"kubeconfig_path": "", "api_server": cluster.server, "ca_certificate": str(cluster.certificate)}
-    for login, kind, told in (
-        ({**server, "token": cluster.expired_token(jobs.namespace, "default")}, AuthError, "expired"),
-        ({**server, "token": cluster.token(jobs.namespace, "default")}, AuthError, "not allowed to get jobs"),
-        ({**server, "ca_certificate": "", "token": "x"}, AuthError, "certificate"),
-        ({"kubeconfig_path": "", "api_server": "https://127.0.0.1:9", "token": "x"}, ServiceUnavailable, "cannot be reached"),
-        ({"kubeconfig_path": "/none"}, ConfigError, "no kubeconfig"),
-    ):
-        provider = jobs.provider(**login)
-        started = time.monotonic()
-        with pytest.raises(kind, match=told) as caught:
-            submit(provider, jobs)
-        assert caught.value.hint
-        assert time.monotonic() - started < 10
-        assert not provider.check().ok
 
 
 def test_a_request_that_the_server_refuses_names_the_field(jobs: Jobs) -> None:
