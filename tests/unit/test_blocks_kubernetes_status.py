@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from blocks.attempt_objects import count_containers
 from blocks.job import FailureReason, JobState, Waiting
 from blocks.providers.kubernetes_causes import (
     explain_end,
@@ -18,6 +20,8 @@ from blocks.providers.kubernetes_causes import (
 from blocks.providers.kubernetes_request import CANCELLED_AT, INSTANCE, PRICE, STARTED_AT
 from blocks.providers.kubernetes_status import Native, find_start, may_be_removed, parse_status, status_of_vanished
 from trainer.contract import ExitRecord, Phase, Progress
+from trainer.fencing import Claim
+from trainer.storage import ObjectFolder
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 EARLIER = NOW - timedelta(minutes=30)
@@ -215,6 +219,14 @@ def test_a_removed_job_of_several_pods_cost_at_most_its_time_since_it_was_made()
     assert status is not None
     assert (status.started_at, status.cost_usd) == (EARLIER, 1.0)
     assert "at most" in status.message
+
+
+def test_the_containers_of_an_attempt_are_counted_by_the_trainers_own_claim(tmp_path: Path) -> None:
+    objects = ObjectFolder(tmp_path.as_uri())
+    assert count_containers(objects) == 0
+    for number in (1, 2):
+        Claim.take(objects.uri)
+        assert count_containers(objects) == number
 
 
 def test_only_a_job_that_was_stopped_is_removed_and_only_when_its_receipt_is_there() -> None:
