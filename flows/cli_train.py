@@ -71,10 +71,12 @@ def train(dataset: str, new: bool, run_key: str | None, as_json: bool, **options
 def plan(dataset: str, server: bool, emit: bool, as_json: bool, **options: Any) -> None:
     """Show what a training on DATASET would send, where and at what cost. Starts nothing; without --server, sends nothing."""
     from flows import prefect_settings
+
+    # A profile is read from the server that the other commands use: told before Prefect is imported, which then reads its settings.
+    prefect_settings.apply_defaults()
     from flows.drafting import ask_server, describe_draft_dataset, draft_plan
     from flows.reporting_text import describe_worst_case
 
-    prefect_settings.apply_defaults()  # a profile is read from the server that the other commands use
     draft = draft_plan(build_request(dataset, options))
     drafted = draft.plan
     answer = ask_server(draft) if server else None

@@ -65,6 +65,8 @@ def use_own_database() -> None:
     if profiles.exists():
         os.environ["PREFECT_PROFILES_PATH"] = str(profiles)
     os.environ["PREFECT_HOME"] = str(prefect_home())
+    with suppress(OSError):  # where nothing can be written, Prefect says so, if it is needed at all
+        prefect_home().mkdir(mode=0o700, parents=True, exist_ok=True)
     if encryption_key_path().exists():
         os.environ[ENV_ENCRYPTION_KEY] = encryption_key()
 

@@ -18,11 +18,3 @@ def build_flow_runner(engine: Engine, scratch: Path, *extras: str) -> str:
     options += ["--secret", f"id=ca,src={certificates(scratch)}", "--platform", "linux/amd64"]
     engine.docker("build", *options, "--file", str(REPOSITORY / "docker/flow-runner.Dockerfile"), "--tag", name, str(REPOSITORY))
     return name
-
-
-def push_flow_runner(engine: Engine, scratch: Path, *extras: str) -> str:
-    """Its name by digest, in the engine's registry."""
-    name = build_flow_runner(engine, scratch, *extras)
-    engine.docker("push", "--quiet", name)
-    place, _, tag = name.rpartition(":")
-    return f"{place}@{engine.registry.digest(NAME, tag)}"

@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+import yaml
 
 from flows.reconcile import SETTLE
 from tests.cluster.cluster import Cluster, pod
-from tests.docker_engine import Engine
-from tests.flow_runner_image import push_flow_runner
 from tests.image_layers import MIB, pushed_layers
 from tests.kubernetes_jobs import SHIPPED, granted, shipped
-from tests.stack import REPOSITORY, Stack, free_port, running_stack, wait_for
+from tests.newcomer import NAMESPACE, Clone, fill_in_profile, make_clone, named_namespace, shell_blocks
+from tests.stack import Stack, free_port, running_stack, wait_for
 from tests.stores import StoreServer
 from tests.trainer_image import TrainerImage
 from trainer.shapes import write_shapes
@@ -32,17 +29,10 @@ from trainer.shapes import write_shapes
 pytestmark = [pytest.mark.cluster, pytest.mark.e2e]
 POOL = "trainyard-kubernetes"
 DEPLOYMENT = "train/kubernetes"
-PLACEHOLDER = "trainyard-flow-runner:latest"
 # The server asks for none; what the pods would say to one that does must not be read in any manifest.
 PASSWORD = "flows:made-up-91c4"
 # Which Prefect wants in a pod's spec, and the API server does not know there.
 PREFECTS_OWN = {"spec.template.spec.parallelism", "spec.template.spec.completions"}
-
-
-def shipped_worker(namespace: str, image: str = PLACEHOLDER) -> list[dict[str, Any]]:
-    text = json.dumps(shipped("worker.yaml", namespace))
-    assert PLACEHOLDER in text
-    return json.loads(text.replace(PLACEHOLDER, image))
 
 
 def shipped_pool(namespace: str, **defaults: Any) -> dict[str, Any]:
@@ -68,7 +58,7 @@ def job_of_a_flow_run(pool: dict[str, Any]) -> dict[str, Any]:
 def test_the_server_takes_the_worker_and_the_job_of_a_flow_run(cluster: Cluster, namespace: str) -> None:
     """In a namespace where only the strictest pods are let in."""
     cluster.kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
-    cluster.apply(*shipped("rbac.yaml", namespace), *shipped_worker(namespace), namespace=namespace)
+    cluster.apply(*shipped("rbac.yaml", namespace), *shipped("worker.yaml", namespace), namespace=namespace)
     wait_for("the worker's pod to be let in", lambda: cluster.get("pods", "", namespace)["items"], 30)
     job, login = job_of_a_flow_run(shipped_pool(namespace)), cluster.kubeconfig(namespace, "trainyard-worker")
     taken = cluster.kubectl("create", "--dry-run=server", "--validate=warn", "-f", "-", stdin=json.dumps(job), login=login)
@@ -83,14 +73,8 @@ def test_the_server_takes_the_worker_and_the_job_of_a_flow_run(cluster: Cluster,
 
 # --- With the worker as a pod ----------------------------------------------------------------------------------
 
-SAVE_PROFILE = """
-import json, sys
-from blocks.profiles import KubernetesProfile
-KubernetesProfile.register_type_and_schema()
-KubernetesProfile(**json.loads(sys.argv[1])).save("kubernetes")
-"""
 # The tests' base image lacks the bundle that its package makes when it is installed, and an HTTP client wants one before it says a word.
-CERTIFICATES = "/opt/{}/lib/python3.11/site-packages/certifi/cacert.pem"
+CERTIFICATES = "/opt/flow-runner/lib/python3.11/site-packages/certifi/cacert.pem"
 CONFIG = {"model": "yolo11-pico", "epochs": 2, "batch_size": 4, "image_size": 64, "workers": 0, "device": "cpu"}
 PATIENCE = 600  # seconds; a start takes ten where nothing else runs
 LONG = 1000  # epochs, more than anybody waits for
@@ -104,8 +88,15 @@ class Inside:
     cluster: Cluster
     namespace: str
     stack: Stack
+    clone: Clone
     store: str
     figures: dict[str, float]
+
+    def command(self, words: str, run_id: str = "") -> str:
+        """That of WORKER.md's second block which has these words, for this store."""
+        [line] = [line for line in shell_blocks("WORKER.md")[1] if f" {words} " in line]
+        shapes = write_shapes(self.stack.folder / "shapes", train=8, val=4, test=4, size=64)
+        return line.replace("DATASET", str(shapes)).replace("s3://BUCKET/trainyard", self.store).replace("RUN", run_id)
 
     def start_run(self, **values: Any) -> str:
         deployment = self.stack.api(f"/deployments/name/{DEPLOYMENT}")
@@ -153,68 +144,45 @@ def on_this_machine(worker: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return worker
 
 
-def stage(stack: Stack, s3: StoreServer) -> str:
-    """A dataset in a bucket; returns the store's URI."""
-    store, shapes = f"{s3.make_bucket()}/store", write_shapes(stack.folder / "shapes", train=8, val=4, test=4, size=64)
-    staged = stack.command("trainyard", "dataset", "stage", str(shapes), "--store", store, "--name", "shapes")
-    assert staged.returncode == 0, staged.stderr
-    return store
+def fill_in(clone: Clone) -> None:
+    """The manifests, for servers that are reached on the host's network."""
+    worker = clone.manifests / "worker.yaml"
+    worker.write_text(yaml.safe_dump_all(on_this_machine(list(yaml.safe_load_all(worker.read_text())))))
+    template = shipped_pool(NAMESPACE, host_network=True, env={"SSL_CERT_FILE": CERTIFICATES})
+    (clone.manifests / "work-pool.json").write_text(json.dumps(template))
 
 
-def set_up(stack: Stack, cluster: Cluster, namespace: str, s3: StoreServer, images: tuple[str, str]) -> str:
-    """As WORKER.md says, but for what the host's network needs. Returns the store."""
-    store, (runner, trainer) = stage(stack, s3), images
-    profile = {
-        "namespace": namespace,
-        "service_account": "trainyard-job",
-        "env_secret": "store-keys",
-        "env": {"SSL_CERT_FILE": CERTIFICATES.format("trainer")},
-        "store": store,
-        "store_endpoint": s3.address,
-        "image": trainer,
-        "host_network": True,
-        "grace_seconds": 20,
-        "instance_classes": {"small": {"cpus": 0.1, "memory_gib": 3, "usd_per_hour": 1.0}},
-    }
-    command = [sys.executable, "-c", SAVE_PROFILE, json.dumps(profile)]
-    subprocess.run(command, env=stack.environment, cwd=REPOSITORY, check=True, timeout=120)
-    keys = {"prefect-api": {"PREFECT_API_URL": stack.environment["PREFECT_API_URL"], "PREFECT_API_AUTH_STRING": PASSWORD}}
-    keys["store-keys"] = s3.environment
-    secrets = [{"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": text} for name, text in keys.items()]
-    pool = stack.folder / "pool.json"
-    env = {"SSL_CERT_FILE": CERTIFICATES.format("flow-runner")}
-    pool.write_text(json.dumps(shipped_pool(namespace, image=runner, host_network=True, env=env)))
-    for argv in (
-        ["work-pool", "create", POOL, "--type", "kubernetes", "--base-job-template", str(pool)],
-        ["--no-prompt", "deploy", "--name", "kubernetes", "--pool", POOL],
-        ["--no-prompt", "deploy", "--name", "flows.reconcile.reconcile/local", "--pool", POOL],
-        ["deployment", "schedule", "pause", "--all"],
-    ):
-        done = stack.command("prefect", *argv, cwd=REPOSITORY)
-        assert done.returncode == 0, done.stdout + done.stderr
-    worker = on_this_machine(shipped_worker(namespace, runner))
-    cluster.apply(*secrets, *shipped("rbac.yaml", namespace), *worker, namespace=namespace)
-    return store
+def set_up(clone: Clone) -> str:
+    """By the commands of WORKER.md. Returns the flow runner's image."""
+    address = '--from-literal=PREFECT_API_URL="$PREFECT_API_URL"'
+    commands = "\n".join(shell_blocks("WORKER.md")[0])
+    assert commands.count(address) == 1
+    commands = commands.replace(address, f"{address} --from-literal=PREFECT_API_AUTH_STRING={PASSWORD}")
+    # Not what the page says: no pods of `reconcile` beside what is tested.
+    said = clone.shell(f"{commands}\nuv run prefect deployment schedule pause --all\necho $IMAGE", timeout=1800)
+    return said.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
-def inside(
-    cluster: Cluster, docker_engine: Engine, trainer_image: TrainerImage, s3: StoreServer, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Inside]:
-    folder = tmp_path_factory.mktemp("inside")
-    runner, figures = push_flow_runner(docker_engine, folder, "kubernetes"), {}
-    for name, image in (("flow runner", runner), ("trainer", trainer_image.reference)):
-        repository, _, digest = image.partition("/")[2].partition("@")
-        figures[f"{name}, MiB compressed"] = sum(layer.size for layer in pushed_layers(docker_engine.registry, repository, digest)) / MIB
-        began = time.monotonic()
-        cluster.pull(image)
-        figures[f"{name}, s to pull"] = time.monotonic() - began
+def inside(cluster: Cluster, trainer_image: TrainerImage, s3: StoreServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inside]:
+    folder, engine, figures = tmp_path_factory.mktemp("inside"), trainer_image.engine, dict[str, float]()
+    began = time.monotonic()
+    cluster.pull(trainer_image.reference)
+    figures["trainer, s to pull"] = time.monotonic() - began
     # Its own server: the others' deployments stay with the work pool that they have.
     patience = {"PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_CANCELLING_TIMEOUT_SECONDS": "10"}  # in place of 300
-    with running_stack(folder, **patience) as stack, cluster.namespace("inside") as namespace:
+    with running_stack(folder, **patience) as stack, named_namespace(cluster) as namespace:
+        clone = make_clone(folder / "clone", stack, cluster, s3, engine)
+        clone.environment.update(s3.settings(), IMAGE=f"{engine.registry.host}/trainyard-test/flow-runner")
+        store = fill_in_profile(clone, s3, trainer_image)
+        fill_in(clone)
+        runner = set_up(clone)
+        for name, image in (("flow runner", runner), ("trainer", trainer_image.reference)):
+            repository, _, digest = image.partition("/")[2].partition("@")
+            figures[f"{name}, MiB compressed"] = sum(layer.size for layer in pushed_layers(engine.registry, repository, digest)) / MIB
         reached = replace(stack, environment={**stack.environment, **s3.settings()})
-        store = set_up(reached, cluster, namespace, s3, (runner, trainer_image.reference))
-        made = Inside(cluster, namespace, reached, store, figures)
+        made = Inside(cluster, namespace, reached, clone, store, figures)
+        clone.shell(made.command("dataset stage"))
 
         def polls() -> bool:
             return any(worker["status"] == "ONLINE" for worker in stack.api(f"/work_pools/{POOL}/workers/filter", {}))
@@ -228,21 +196,16 @@ def inside(
 
 
 @pytest.mark.full
-def test_from_a_dataset_in_the_bucket_to_a_collected_model(inside: Inside, s3: StoreServer, tmp_path: Path) -> None:
-    stack = inside.stack
+def test_from_a_dataset_in_the_bucket_to_a_collected_model(inside: Inside, s3: StoreServer, trainer_image: TrainerImage) -> None:
     began = time.monotonic()
-    words = ["--param", f"dataset={inside.store}#shapes", "--param", f"config={json.dumps(CONFIG)}", "--watch"]
-    done = stack.command("prefect", "deployment", "run", DEPLOYMENT, *words, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    inside.clone.shell(inside.command("deployment run"), timeout=900)
     inside.figures["s from `prefect deployment run` to a collected model"] = time.monotonic() - began
 
     [training] = inside.training()
-    record = f"{inside.store}/runs/{training['metadata']['labels']['trainyard.io/run-id']}"
-    # From a machine that cannot reach the cluster.
-    collected = stack.command("trainyard", "collect", record, "--to", str(tmp_path / "model"), "--json")
-    assert collected.returncode == 0, collected.stderr
-    assert json.loads(collected.stdout)["outcome"] == "complete"
-    assert (tmp_path / "model/model/model.pt").stat().st_size > 10_000
+    assert training["spec"]["template"]["spec"]["containers"][0]["image"] == trainer_image.reference
+    inside.clone.shell(inside.command("collect", training["metadata"]["labels"]["trainyard.io/run-id"]))
+    assert (inside.clone.folder / "model/model/model.pt").stat().st_size > 10_000
+    assert "map50" in json.loads((inside.clone.folder / "model/metrics.json").read_text())
 
     flow_run_id = training["metadata"]["annotations"]["trainyard.io/flow-run-id"]
     [flow] = inside.jobs_of(flow_run_id)
@@ -259,7 +222,7 @@ def test_from_a_dataset_in_the_bucket_to_a_collected_model(inside: Inside, s3: S
 def test_flow_runs_that_are_evicted_and_killed_are_taken_up_again_and_one_that_is_cancelled_stops(inside: Inside) -> None:
     """Prefect itself goes on with one that was told to leave; of one that was killed it tells, and `reconcile` in the cluster goes on.
     There is one training all the while."""
-    flow_run_id = inside.start_run(parameters={"dataset": f"{inside.store}#shapes", "config": {**CONFIG, "epochs": LONG}})
+    flow_run_id = inside.start_run(parameters={"dataset": f"{inside.store}#first", "config": {**CONFIG, "epochs": LONG}})
     before = len(inside.training())
     wait_for("the training's Job", lambda: len(inside.training()) > before, PATIENCE)
     [first] = inside.jobs_of(flow_run_id)

@@ -83,9 +83,20 @@ def test_without_a_server_a_command_uses_the_database_of_up_and_its_key(nobodys:
     prefect_settings.apply_defaults()
     assert os.environ["PREFECT_HOME"] == server.build_environment({}, nobodys, 4200, "token")["PREFECT_HOME"]
     assert os.environ["PREFECT_PROFILES_PATH"] == str(nobodys.parent / "profiles.toml"), "the user's other settings stay"
-    assert not list(nobodys.iterdir()), "a command that only reads makes nothing"
+    assert not list((nobodys / "prefect").iterdir()), "a command that only reads makes no key"
     prefect_settings.prepare_temporary()
     assert os.environ["PREFECT_SERVER_ENCRYPTION_KEY"] == prefect_settings.encryption_key()
+
+
+@pytest.mark.parametrize("command", ["plan {} --profile team", "train {} --profile team", "check team", "image build --profile team"])
+def test_which_server_is_settled_before_prefect_reads_its_settings(command: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from flows import prefect_settings; from flows.cli import app\n"
+        "def settle(): print('prefect' in sys.modules); raise SystemExit\n"
+        f"prefect_settings.apply_defaults = settle; app({command.format(tmp_path).split()!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr
 
 
 def test_while_up_starts_no_other_server_is_started_on_its_database(nobodys: Path) -> None:
