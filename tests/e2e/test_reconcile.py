@@ -40,9 +40,9 @@ def test_flow_and_worker_killed(stack: Stack, shapes: Path, worker: subprocess.P
 def test_command_line_killed(stack: Stack, shapes: Path) -> None:
     """A flow run of the deployment goes on in its place, and the killed one is not shown as running for ever."""
     options = [part for name, value in LONG.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    before = set((stack.home / "runs").iterdir()) if (stack.home / "runs").exists() else set()
+    before = set((stack.home / "runs").glob("*"))
     command = stack.spawn("trainyard", "train", str(shapes), *options, "--name", "left-alone", log="left.log")
-    [folder] = wait_for("the run's folder", lambda: set((stack.home / "runs").iterdir()) - before, 120)
+    [folder] = wait_for("the run's folder", lambda: set((stack.home / "runs").glob("*")) - before, 120)
     wait_until_training(stack, folder.name)
     [driver] = [json.loads(path.read_text()) for path in (folder / "drivers").iterdir()]
     stop(command)
