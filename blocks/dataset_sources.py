@@ -18,7 +18,8 @@ from blocks.staging import OnCounts, Staged, stage_folder
 from trainer.contract import DatasetCheck, DatasetRef, ExitCode, TrainerError
 from trainer.dataset import DatasetIndex
 from trainer.fetching import read_version
-from trainer.storage import open_store, to_uri, told_plainly
+from trainer.locations import to_store_uri
+from trainer.storage import open_store, told_plainly
 
 ENV_STORE = "TRAINYARD_STORE"
 SUFFIX = ".used"  # of the name in the store: the files that trainings use, beside a folder that was staged whole under its own name
@@ -49,7 +50,7 @@ def split_staged(dataset: str) -> tuple[str, str] | None:
 
 def choose_store(request: TrainRequest, profile_store: str | None) -> str:
     """The request's store, else the profile's, $TRAINYARD_STORE, or a folder of this machine."""
-    return to_uri(request.store or profile_store or os.environ.get(ENV_STORE) or home() / "store")
+    return to_store_uri(request.store or profile_store or os.environ.get(ENV_STORE) or home() / "store")
 
 
 def dataset_name(dataset: str) -> str:

@@ -8,6 +8,7 @@ What garbage collection may delete meanwhile is argued in `blocks.garbage`.
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import time
@@ -33,7 +34,7 @@ from blocks.uploads import LARGE_BYTES, Uploader
 from trainer.errors import ExitCode, TrainerError
 from trainer.packs import ManifestHeader, VersionHash, manifest_key, write_manifest
 from trainer.silence import SilenceWatch
-from trainer.storage import SEND_SECONDS, folders_told_plainly, open_store, to_uri, told_plainly
+from trainer.storage import SEND_SECONDS, folders_told_plainly, list_metadata, open_store, to_uri, told_plainly
 
 OnCounts = Callable[[Counts], None]
 
@@ -274,12 +275,15 @@ class _Stager:
         self.lease.confirm()
         check_generation(self.store, self.uri, self.cache.get("generation"))
         found = "damaged" if again else self._find_manifest(version)
+        chain: dict[str, int] = json.loads(self.cache.get("chain") or "{}")  # manifests that the base's is read with, and their sizes
+        self.cache.set("chain", "")
         if isinstance(found, Ref):
             return found
         depth = base.depth + 1 if base is not None else 0
-        difference = found == "none" and 0 < depth <= MAX_DEPTH and self.cache.count_difference() < MAX_SHARE * total.files
+        small = self.cache.count_difference() < MAX_SHARE * total.files
+        difference = base is not None and found == "none" and depth <= MAX_DEPTH and small and base.version in chain
         if base is not None:
-            self._require_remembered(difference=difference)
+            self._require_remembered(chain if difference else {}, difference=difference)
         header = ManifestHeader(
             version=version,
             base=base.version if base is not None and difference else None,
@@ -293,14 +297,20 @@ class _Stager:
         with self.silence.asking():
             obstore.put(self.uploader.store, manifest_key(version), out.getbuffer())
         self.counts.sent_bytes += out.tell()
+        self.cache.set("chain", json.dumps((chain if difference else {}) | {version: out.tell()}))
         return Ref(version=version, files=total.files, bytes=total.bytes, depth=header.depth)
 
-    def _require_remembered(self, *, difference: bool) -> None:
+    def _require_remembered(self, chain: dict[str, int], *, difference: bool) -> None:
         """What the manifest names and this stage has not sent, the cache only remembers: of a store that may have been emptied since,
-        and filled from another machine or a copy, with the same version in other packs.
+        and filled from another machine or a copy, with the same version in other packs. Of the manifests below it a rule of the
+        bucket may have dropped the oldest.
 
         Raises StoreChanged where any of it is gone.
         """
+        if chain:
+            there = {meta["path"]: meta["size"] for meta in list_metadata(self.store, "manifests")}
+            if any(there.get(manifest_key(version)) != size for version, size in chain.items()):
+                raise StoreChanged
         remembered = self.cache.objects(difference=difference) - self.uploader.arrived - self.uploader.listed.keys()
         if find_missing(self.store, remembered):
             raise StoreChanged

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from blocks.counting import Counts
 
 
-def _not_empty(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
+def _a_store(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
     if not value.strip():
         raise click.BadParameter("it is empty; give s3://bucket/prefix, az://container/prefix, or a folder")
+    from trainer.locations import to_store_uri
+
+    to_store_uri(value)
     return value
 
 
@@ -32,7 +35,7 @@ STORE = click.option(
     "--store",
     "store_uri",
     required=True,
-    callback=_not_empty,
+    callback=_a_store,
     envvar="TRAINYARD_STORE",
     help="s3://bucket/prefix, az://..., gs://..., or a folder. [$TRAINYARD_STORE]",
 )

@@ -29,6 +29,9 @@ def _refuse_slips(text: str) -> None:
         message = f"{text!r} has one slash where a URI has {needed}"
         raise TrainerError(message, hint=f"write {scheme}:{slashes}{rest}", code=ExitCode.CONFIG)
     parts = urlsplit(text)
+    if parts.scheme == "file" and not parts.netloc and parts.path[:1] not in ("", "/"):
+        hint = f"write ./{parts.path} for a folder below this one, file:///{parts.path} for one below the root"
+        raise TrainerError(f"{text!r} is neither a path nor a URI", hint=hint, code=ExitCode.CONFIG)
     if parts.scheme == "file" and parts.netloc not in ("", "localhost"):
         rest = text.removeprefix("file://")
         hint = f"write {rest} for a folder below this one, file:///{rest} for one below the root"
@@ -41,6 +44,17 @@ def _expanded(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as exc:
         raise TrainerError(f"{text!r}: {exc}", hint="write the whole path", code=ExitCode.CONFIG) from exc
+
+
+def to_store_uri(location: str | Path) -> str:
+    """As `to_uri`, for what is a store as a whole. Raises TrainerError (CONFIG) besides where more follows, which a store would not see."""
+    uri = to_uri(location)
+    for mark in "?#":
+        store, found, rest = uri.partition(mark)
+        if found:
+            what = f"its dataset {rest!r} is named by itself" if mark == "#" else "settings come from the profile or the environment"
+            raise TrainerError(f"{uri!r} is more than a store", hint=f"write {store}; {what}", code=ExitCode.CONFIG)
+    return uri
 
 
 def is_bucket(uri: str) -> bool:

@@ -54,6 +54,7 @@ KNOWN = (
         "{credentials}; they must allow to list, read and write there",
         ExitCode.PERMISSION,
     ),
+    Known(r"\(os error 30\)", "that place is read-only", "make it writable, or choose another", ExitCode.PERMISSION),
     Known(r"429 |SlowDown|503 |ServerBusy", "the store is busy", "try again later; what has arrived is kept", ExitCode.UNAVAILABLE),
 )
 

@@ -161,6 +161,11 @@ HEAD = "Generic S3 error: Error performing GET https://s3.amazonaws.com/b/k?sig=
         (f"{HEAD} - Server returned non-2xx status code: 400 Bad Request: <Code>ExpiredToken</Code>", "PERMISSION", "expired"),
         (f"{HEAD} - Server returned non-2xx status code: 403 Forbidden: <Code>RequestTimeTooSkewed</Code>", "PERMISSION", "clock"),
         (f"{HEAD} - Server returned non-2xx status code: 503 Service Unavailable: <Code>SlowDown</Code>", "UNAVAILABLE", "busy"),
+        (
+            "Generic LocalFileSystem error: Unable to open file /s/refs/a.json#1: Read-only file system (os error 30)",
+            "PERMISSION",
+            "read-only",
+        ),
         (f"{HEAD} - HTTP error: error sending request", "UNAVAILABLE", "no answer from https://s3.amazonaws.com"),
         (
             f"{HEAD} - Server returned non-2xx status code: 400 Bad Request: <Code>Odd</Code>",

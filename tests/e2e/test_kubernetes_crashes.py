@@ -92,7 +92,7 @@ LOST = [
     *(Case("before poll", lost=(name,)) for name in ("get", "pods")),
     *(Case("before collect", lost=(name,)) for name in ("get", "pods", "outcome")),
     *(Case("before cancel", lost=(name,), cancelled=True) for name in ("get", "stop", "suspend", "receipt", "outcome")),
-    *(Case("before remove", lost=(name,), cancelled=True) for name in ("delete", "get")),
+    Case("before remove", lost=("delete",), cancelled=True),
 ]
 GONE = [
     *(Case(f"after {step}", removed="by time") for step in ("launch", "submit", "ref", "poll", "collect", "outcome")),
@@ -133,13 +133,13 @@ class Lane:
         self.runs.store.add(*store)
         return [*api, *store]
 
-    def remove(self, run_id: str, how: Removed) -> None:
+    def remove(self, run_id: str, how: Removed, *, cancelled: bool) -> None:
         namespace = ("--namespace", self.runs.namespace)
         if how == "by time":
             patch = json.dumps({"spec": {"ttlSecondsAfterFinished": 1}})  # sooner than a profile may say
             self.runs.cluster.kubectl("patch", "job", job_name(run_id, 1), *namespace, "--patch", patch)
         if how == "by hand":
-            wait_for("the Job's pod", lambda: self.runs.pods(run_id), PATIENCE_SECONDS)
+            wait_for("a pod of the Job that is not stopped", lambda: self.runs.pods(run_id) or cancelled, PATIENCE_SECONDS)
             self.runs.cluster.kubectl("delete", "job", job_name(run_id, 1), *namespace, "--wait=false")
         if how:
             wait_for("the Job to be removed", lambda: not self.runs.jobs(run_id), PATIENCE_SECONDS)
@@ -240,10 +240,10 @@ def go_through(lane: Lane, case: Case, run_id: str, first: subprocess.Popen[byte
     assert lane.plan.fired(), f"the command ended before: {first.returncode}"
     if not case.lost:
         assert first.wait(30) == -signal.SIGKILL
-        lane.remove(run_id, case.removed)
+        lane.remove(run_id, case.removed, cancelled=case.cancelled)
         return lane.runs.stack.spawn("trainyard", *words, log=f"{lane.profile}.log").wait(PATIENCE_SECONDS)
     faults = lane.lose(run_id, case.lost)
-    lane.remove(run_id, case.removed)
+    lane.remove(run_id, case.removed, cancelled=case.cancelled)
     lane.plan.go_on()
     if case.cancelled and not in_stop:
         lane.ask_to_cancel(run_id)

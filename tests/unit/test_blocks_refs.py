@@ -173,7 +173,16 @@ def test_the_hint_of_show_names_the_store(uri: str, tmp_path: Path) -> None:
 # --- Where a store is --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("file://relative{}/new", "file:///relative{}/new"), ("file:{}/new", "file://{}/new")])
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("file://relative{}/new", "file:///relative{}/new"),
+        ("file:{}/new", "file://{}/new"),
+        ("file:new", "write ./new"),
+        ("file://{}/new#set", "write file://{}/new; its dataset 'set' is named by itself"),
+        ("file://{}/new?a=b", "write file://{}/new;"),
+    ],
+)
 def test_a_file_uri_that_means_another_place_than_it_says_is_refused(tmp_path: Path, wrong: str, right: str) -> None:
     """By its rules the former would be a folder of the machine called relative."""
     (tmp_path / "set").mkdir()

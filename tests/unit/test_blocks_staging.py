@@ -221,3 +221,18 @@ def test_a_damaged_cache_is_put_aside_and_told_and_nothing_is_sent_again(
     assert cache.with_name(f"{cache.name}.damaged").read_bytes() == broken
     unchanged = stage_folder(tmp_path / "set", str(tmp_path / "store"), on_silence=told.append)
     assert (unchanged.version, unchanged.changed_files, len(told)) == (first.version, 0, 1)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_change_of_a_version_whose_older_manifest_is_lost_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    """As a bucket's own rule drops what is old; the newest manifest says what differs from it."""
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+    root, store = tmp_path / "set", tmp_path / "store"
+    numbers = list(range(20))
+    write_numbers(root, numbers)
+    oldest = store / f"manifests/{stage_folder(root, str(store)).version}.jsonl.gz"
+    write_numbers(root, [100, *numbers[1:]])
+    stage_folder(root, str(store))
+    oldest.unlink() if damage == "gone" else oldest.write_bytes(oldest.read_bytes()[:-9])
+    write_numbers(root, [101, *numbers[1:]])
+    assert verify_version(str(store), stage_folder(root, str(store)).version).files == 20

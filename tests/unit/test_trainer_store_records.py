@@ -18,7 +18,7 @@ from trainer.store_records import StoreRecord
 TIME = "2026-11-23T10:00:00Z"
 # As the first version wrote them, with what a reader cannot do without. A new required field breaks every store: give it a default.
 FIRST: dict[type[StoreRecord], dict[str, Any]] = {
-    Ref: {"version": "v", "files": 1, "bytes": 2},
+    Ref: {"version": "1f" * 32, "files": 1, "bytes": 2},
     ManifestHeader: {"version": "v", "files": 1, "bytes": 2, "packs": ["p"]},
     LeaseFile: {"dataset": "d"},
     CollectionMark: {"generation": "g", "deleting": True},
