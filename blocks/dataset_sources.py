@@ -18,8 +18,7 @@ from blocks.staging import OnCounts, Staged, stage_folder
 from trainer.contract import DatasetCheck, DatasetRef, ExitCode, TrainerError
 from trainer.dataset import DatasetIndex
 from trainer.fetching import read_version
-from trainer.locations import to_store_uri
-from trainer.storage import open_store, told_plainly
+from trainer.storage import open_store, to_store_uri, told_plainly
 
 ENV_STORE = "TRAINYARD_STORE"
 SUFFIX = ".used"  # of the name in the store: the files that trainings use, beside a folder that was staged whole under its own name

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def _a_store(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
     if not value.strip():
         raise click.BadParameter("it is empty; give s3://bucket/prefix, az://container/prefix, or a folder")
-    from trainer.locations import to_store_uri
+    from trainer.storage import to_store_uri
 
     to_store_uri(value)
     return value

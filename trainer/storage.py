@@ -19,7 +19,13 @@ from urllib.parse import unquote, urlsplit
 
 from trainer.errors import ExitCode, TrainerError
 from trainer.files import DISK_FULL, disk_full_error
-from trainer.locations import REMOTE_SCHEMES as REMOTE_SCHEMES, is_bucket as is_bucket, to_path as to_path, to_uri as to_uri
+from trainer.locations import (
+    REMOTE_SCHEMES as REMOTE_SCHEMES,
+    is_bucket as is_bucket,
+    to_path as to_path,
+    to_store_uri as to_store_uri,
+    to_uri as to_uri,
+)
 from trainer.store_access import StoreAccess, current_access, store_options
 from trainer.store_errors import explain
 
