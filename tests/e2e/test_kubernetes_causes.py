@@ -241,7 +241,7 @@ def test_the_server_is_shown_a_plan_and_creates_nothing(shop: Shop, shapes: Path
     draft = plan("draft")
     assert draft.returncode == 0, draft.stderr
     assert "server    takes it (dry run: nothing was created); the image is not built yet" in draft.stdout
-    assert "warning   the API server's certificate is not checked" in draft.stdout
+    assert f"warning   {shop.cluster.server}: the server's certificate is not checked" in draft.stdout
     bad = plan("bad", "--json")
     assert bad.returncode == ExitCode.CONFIG
     refused = json.loads(bad.stdout)["server"]
