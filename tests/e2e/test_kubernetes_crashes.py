@@ -212,7 +212,7 @@ def run_case(lane: Lane, shapes: Path, case: Case) -> Row:
     began = time.monotonic()
     runs, key = lane.runs, uuid4().hex
     run_id = run_id_of_key(key)
-    epochs = 500 if case.cancelled else EPOCHS
+    epochs = 5000 if case.cancelled else EPOCHS  # more than it can do before it is stopped, however slow that is
     words = ["train", str(shapes), "--profile", lane.profile, *TINY, "--epochs", str(epochs), "--run-key", key, "--json"]
     with lane.created(run_id) as created:
         first = lane.start(words, case)
