@@ -110,6 +110,7 @@ def test_second_worker_without_the_dataset_collects(stack: Stack, shapes: Path, 
     one_attempt_with_a_model(stack, run_id)
 
 
+@pytest.mark.full
 def test_killed_command_line_attaches_again(stack: Stack, shapes: Path, tmp_path: Path) -> None:
     """(b) The command line is killed, the same command again: it attaches, and there is one job. From a folder with rooms of its own."""
     for room in ("flows", "blocks", "trainer"):

@@ -199,6 +199,7 @@ def proxy(s3: StoreServer) -> Iterator[FaultProxy]:
         yield running
 
 
+@pytest.mark.full
 def test_a_store_away_for_a_while_stops_no_training(make: MakeJob, proxy: FaultProxy) -> None:
     job = make(proxy.address, epochs=40)
     pod = job.start()

@@ -176,6 +176,7 @@ def test_the_flow_is_killed_and_the_command_goes_on(remote: Remote, shapes: Path
     assert remote.run_ids() - before == {run_id}
 
 
+@pytest.mark.full
 def test_a_lost_pod_is_replaced_and_cleaned_away_at_the_end(remote: Remote, shapes: Path) -> None:
     import psutil
 

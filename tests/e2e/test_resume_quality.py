@@ -146,6 +146,7 @@ def report(rows: list[Comparison]) -> None:
     print("", HEADER, *rows, f"median difference in mAP50: {statistics.median(row.difference for row in rows):.4f}", sep="\n")
 
 
+@pytest.mark.full
 def test_a_resumed_training_follows_the_one_left_alone(tmp_path: Path) -> None:
     data = write_shapes(tmp_path / "data", train=96, val=32, test=32, size=96)
     row = compare(tmp_path, seed=0, epochs=6, killed_in=4, data=data)

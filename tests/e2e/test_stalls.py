@@ -72,6 +72,7 @@ def told(folder: Path) -> list[tuple[str, int]]:
     return [(text["kind"], text["data"]["attempt"]) for text in texts if "cause" in text["data"]]
 
 
+@pytest.mark.full
 def test_a_hanging_training_is_told_of_and_goes_on(stack: Stack, shapes: Path) -> None:
     save_profile(stack, "stall-warn", "warn")
     with training(stack, shapes, "stall-warn") as (command, folder):
