@@ -6,16 +6,15 @@ obstore writes in a folder beside the object, as ``<name>#<number>``, and rename
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import chain
 from stat import S_ISREG
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
-from trainer.storage import folders_told_plainly, is_bucket, to_path
+from trainer.storage import folders_told_plainly, is_bucket, list_metadata, to_path
 
 if TYPE_CHECKING:
-    from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
 BATCH = 1000  # objects that S3 deletes at a request
@@ -45,13 +44,9 @@ class StoredObject(NamedTuple):
 
 def list_kind(store: ObjectStore, kind: str) -> list[StoredObject]:
     """The objects of a kind; what somebody else has put there is none of ours."""
-    import obstore
-
-    pages = cast("Iterable[Sequence[ObjectMeta]]", obstore.list(store, kind, chunk_size=BATCH))  # pyright: ignore[reportUnknownMemberType]
     return [
         StoredObject(meta["path"], kind, meta["size"], meta["last_modified"], meta["e_tag"] or "")
-        for page in pages
-        for meta in page
+        for meta in list_metadata(store, kind)
         if PATTERNS[kind].fullmatch(meta["path"])
     ]
 

@@ -78,6 +78,13 @@ class Pushing:
         assert "Traceback" not in said
         return self.process.returncode, said.partition("error: ")[2]
 
+    def stop(self) -> None:
+        """Where no test has waited for it."""
+        if self.process is not None:
+            self.process.kill()
+            with self.process:  # closes its pipes
+                pass
+
     def is_referenced(self) -> bool:
         tag = source_tag(hash_source(BuildInput(self.root)))
         return self.registry.digest(self.repository, tag) is not None
@@ -116,7 +123,11 @@ def pushing(docker_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> 
         full = Pushing(make_project(folder / "full"), small, filling, environment)
         cut.start()
         full.start()
-        yield Both(cut, full, disk)
+        try:
+            yield Both(cut, full, disk)
+        finally:
+            cut.stop()
+            full.stop()
 
 
 @pytest.mark.usefixtures("pushing")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
+from tests.components import skip_or_fail
 from tests.staged_store import read_tree, write, write_store
 from trainer import fetching
 from trainer.contract import ExitCode, TrainerError
@@ -204,19 +205,21 @@ fetch_version(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or shutil.which("unshare") is None, reason="mounts in a namespace of its own")
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts in a namespace of its own, which only Linux has")
 @pytest.mark.parametrize("mount", ["-t tmpfs tmpfs", "--bind other"])
 def test_a_mount_point_is_refused_before_any_byte(store: Path, tmp_path: Path, mount: str) -> None:
     version = write_store(store, SMALL)
     for name in ("data", "other"):
         (tmp_path / name).mkdir()
+    if shutil.which("unshare") is None:
+        skip_or_fail("not here: unshare (apt-get install util-linux)")
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", f'mount {mount} data || exit 99; exec "$@"', "sh"]
     paths = (str(store), version, str(tmp_path / "data"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     program = [*command, sys.executable, "-c", MOUNTED, *paths]
     done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 99 or "unshare failed" in done.stderr:
-        pytest.skip(f"nothing can be mounted here: {done.stderr}")
+        skip_or_fail(f"nothing can be mounted here: {done.stderr}")
     assert "TrainerError" in done.stderr.splitlines()[-1]
     assert f"something is mounted at {tmp_path / 'data'}" in done.stderr
     assert f"{tmp_path / 'data'}/{version[:12]}" in done.stderr, "the hint names a folder that works"
