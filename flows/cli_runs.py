@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Iterator
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from pydantic import ValidationError
@@ -33,27 +34,35 @@ FOLLOW_SECONDS = 1.0
 CLOSE_PATIENCE_SECONDS = 60.0
 
 
-def observe(record: RunRecord) -> tuple[JobStatus, int]:
-    """The run's state now and its latest attempt (0: none yet): the stored outcome, or one look at the job."""
+class Seen(NamedTuple):
+    """A run's state and its latest attempt (0: none yet). `failure`: why nobody could look at the job."""
+
+    status: JobStatus
+    attempt: int
+    failure: TrainyardError | None = None
+
+
+def observe(record: RunRecord) -> Seen:
+    """The run's state now: the stored outcome, or one look at the job."""
     attempts = record.attempts()
     if not attempts:
-        return JobStatus(state=JobState.STARTING, message="no attempt yet: the flow prepares it, or ended before"), 0
+        return Seen(JobStatus(state=JobState.STARTING, message="no attempt yet: the flow prepares it, or ended before"), 0)
     attempt = attempts[-1]
     outcome = record.outcome(attempt)
     if outcome is not None and outcome.status is not None:
-        return outcome.status, attempt
+        return Seen(outcome.status, attempt)
     ref = record.ref(attempt)
     if ref is None:
-        return JobStatus(state=JobState.STARTING, message="planned, not yet submitted"), attempt
+        return Seen(JobStatus(state=JobState.STARTING, message="planned, not yet submitted"), attempt)
     try:
-        return provider_of(record).poll(ref), attempt
+        return Seen(provider_of(record).poll(ref), attempt)
     except (JobNotFound, TransientError) as exc:  # what is recorded is told all the same
-        return JobStatus(state=JobState.UNKNOWN, message=exc.message, hint=exc.hint), attempt
+        return Seen(JobStatus(state=JobState.UNKNOWN, message=exc.message, hint=exc.hint), attempt, exc)
 
 
-def summarize(record: RunRecord) -> dict[str, Any]:
+def summarize(record: RunRecord, seen: Seen | None = None) -> dict[str, Any]:
     run = record.run()
-    status, attempt = observe(record)
+    status, attempt, _ = seen or observe(record)
     outcome = record.outcome(attempt) if attempt else None
     result = outcome.result if outcome else None
     progress = status.progress
@@ -165,24 +174,27 @@ def table_row(row: dict[str, Any]) -> tuple[str, ...]:
 def status(run: str, as_json: bool) -> None:
     """Show RUN: state, figures, cause and next step, and where its files lie."""
     record = find_run(run)
-    row = summarize(record)
-    if as_json:
-        click.echo(json.dumps(row))
-        return
-    seen, _ = observe(record)
-    click.echo(f"{row['name']}  {record.run_id}  {describe_status(seen)}")
+    seen = observe(record)
+    row = summarize(record, seen)
+    click.echo(json.dumps(row) if as_json else "\n".join(status_lines(record, row, seen.status)))
+    if seen.failure is not None:
+        raise SystemExit(seen.failure.code)
+
+
+def status_lines(record: RunRecord, row: dict[str, Any], seen: JobStatus) -> Iterator[str]:
+    yield f"{row['name']}  {record.run_id}  {describe_status(seen)}"
     if row["reason"]:
-        click.echo(f"  reason   {row['reason']}: {row['message']}")
-        click.echo(f"  next     {row['hint'] or f'trainyard logs {record.run_id}'}")
+        yield f"  reason   {row['reason']}: {row['message']}"
+    if row["reason"] or row["hint"]:
+        yield f"  next     {row['hint'] or f'trainyard logs {record.run_id}'}"
     if row["model_uri"]:
-        click.echo(
-            f"  figures  mAP50 {row['metrics']['map50']:.3f}, mAP50-95 {row['metrics']['map50_95']:.3f} on the {row['metrics_split']} split"
-        )
+        figures = row["metrics"]
+        yield f"  figures  mAP50 {figures['map50']:.3f}, mAP50-95 {figures['map50_95']:.3f} on the {row['metrics_split']} split"
     for name in ("model_uri", "record_uri"):
         if row[name]:
-            click.echo(f"  {name.removesuffix('_uri'):8} {row[name]}")
+            yield f"  {name.removesuffix('_uri'):8} {row[name]}"
     for event in record.events()[-5:]:
-        click.echo(f"  {event.at:%m-%d %H:%M:%S}  {event.kind}: {event.message}")
+        yield f"  {event.at:%m-%d %H:%M:%S}  {event.kind}: {event.message}"
 
 
 @click.command()
@@ -250,15 +262,14 @@ def cancel(run: str, why: str, as_json: bool) -> None:
     """Stop RUN, and wait until it is over (at most 20 s)."""
     record = find_run(run)
     if is_over(record):
-        click.echo(json.dumps(summarize(record)) if as_json else f"run {record.run_id} is over: {describe_status(observe(record)[0])}")
+        click.echo(json.dumps(summarize(record)) if as_json else f"run {record.run_id} is over: {describe_status(observe(record).status)}")
         return
     outcome = cancel_run(record, asked_by=f"{user_name()}@{socket.gethostname()}", why=why)
     attempts = record.attempts()
     if as_json:
         click.echo(json.dumps(summarize(record)))
     if outcome is None:
-        seen, _ = observe(record)
-        still = f"is still {seen.state.value}" if attempts else "will not start"
+        still = f"is still {observe(record).status.state.value}" if attempts else "will not start"
         click.echo(f"asked; run {record.run_id} {still}: `trainyard status {record.run_id}` tells when it is over", err=True)
         raise SystemExit(int(ExitCode.UNAVAILABLE if attempts else ExitCode.OK))
     if not as_json:

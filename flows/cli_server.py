@@ -203,7 +203,7 @@ def tell_still_training() -> None:
     rows: list[str] = []
     for record in all_runs():
         try:
-            seen, attempt = observe(record)
+            seen, attempt, _ = observe(record)
         except (TrainyardError, ValueError, OSError) as exc:
             rows.append(f"  {record.run_id}  could not be looked at: {exc}")
             continue

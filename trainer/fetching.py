@@ -105,7 +105,7 @@ def read_version(store: ObjectStore, version: str) -> tuple[ManifestHeader, Iter
 def _not_there(version: str) -> TrainerError:
     return TrainerError(
         f"the store has no dataset version {version[:12]}",
-        hint="`trainyard dataset list` shows what it has; `trainyard dataset stage PATH --again` writes anew what is lost",
+        hint="`trainyard dataset list` shows what it has; `trainyard dataset stage PATH --name NAME --again` writes anew what is lost",
         code=ExitCode.NOT_FOUND,
     )
 

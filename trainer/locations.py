@@ -29,6 +29,10 @@ def _refuse_slips(text: str) -> None:
         message = f"{text!r} has one slash where a URI has {needed}"
         raise TrainerError(message, hint=f"write {scheme}:{slashes}{rest}", code=ExitCode.CONFIG)
     parts = urlsplit(text)
+    if parts.scheme in REMOTE_SCHEMES and "//" in parts.path.rstrip("/"):
+        once = re.sub("/+", "/", parts.path)
+        hint = f"write {text.replace(parts.path, once, 1)}; an object whose name has an empty part cannot be used"
+        raise TrainerError(f"{text!r} has two slashes in a row", hint=hint, code=ExitCode.CONFIG)
     if parts.scheme == "file" and not parts.netloc and parts.path[:1] not in ("", "/"):
         hint = f"write ./{parts.path} for a folder below this one, file:///{parts.path} for one below the root"
         raise TrainerError(f"{text!r} is neither a path nor a URI", hint=hint, code=ExitCode.CONFIG)

@@ -43,7 +43,7 @@ MAX_NUMBER = 2**63
 LINES_AT_ONCE = 1024
 END = bytes(2 * BLOCK)
 READABLE_SCHEMA = 2  # 2: has files in place
-STAGE_AGAIN = "send it anew from its folder: trainyard dataset stage PATH --store STORE --again"
+STAGE_AGAIN = "send it anew from its folder: trainyard dataset stage PATH --name NAME --store STORE --again"
 
 
 class DamagedManifest(TrainerError):

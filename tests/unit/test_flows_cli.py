@@ -15,8 +15,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from blocks.attempts import cancel_run
-from blocks.job import JobState
+from blocks.errors import ServiceUnavailable
+from blocks.job import JobRef, JobState, JobStatus
 from blocks.outputs import known_outputs, note_seen, remember_output
+from blocks.providers.local_process import LocalProvider
 from blocks.record import Outcome, RunRecord
 from blocks.refs import ref_key
 from flows.cli import COMMANDS, app, tell
@@ -91,6 +93,25 @@ def test_damage_of_one_run_is_told_and_the_others_are_listed(tmp_path: Path, nam
     assert [row["run_id"] for row in json.loads(result.stdout)] == ["fine1234"]
     [line] = result.stderr.splitlines()
     assert line.startswith(f"damaged: {bad.uri} ")
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_job_that_nobody_can_look_at_is_told_with_what_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    record = make_run("good1234", tmp_path, None)
+    job = {"provider": "local", "native_id": "1", "run_id": record.run_id, "attempt": 1, "fingerprint": "f"}
+    record.write_ref(JobRef.model_validate({**job, "output_uri": record.attempt_uri(1)}))
+
+    def poll(_: LocalProvider, __: JobRef) -> JobStatus:
+        raise ServiceUnavailable("no answer from the API server", hint="look at the network")
+
+    monkeypatch.setattr(LocalProvider, "poll", poll)
+    result = call("status", "good", *options)
+    assert result.exit_code == ExitCode.UNAVAILABLE
+    assert "no answer from the API server" in result.stdout
+    assert "look at the network" in result.stdout
+    assert record.uri in result.stdout
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "cancel", "collect", "resume"])

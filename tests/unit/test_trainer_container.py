@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -236,6 +237,15 @@ def test_a_slash_too_few_is_no_folder() -> None:
         to_uri("s3:/bucket/x")
     assert "s3://bucket/x" in f"{caught.value}"
     assert to_uri("file:///") == to_uri("/") == "file:///"
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket//x#set", "az://bucket/x///y"])
+def test_a_slash_too_many_is_no_folder_either(uri: str) -> None:
+    with pytest.raises(TrainerError, match="two slashes in a row") as caught:
+        to_uri(uri)
+    assert caught.value.code is ExitCode.CONFIG
+    assert f"write {re.sub('(?<!:)/+', '/', uri)};" in caught.value.hint
+    assert to_uri("s3://bucket//") == "s3://bucket"
 
 
 def test_where_the_system_trusts_nobody_the_trainer_brings_certificates(tmp_path: Path) -> None:
