@@ -14,7 +14,7 @@ from blocks.job import FailureReason, JobRef, JobState, JobStatus, Result
 from blocks.provider import Provider
 from blocks.record import CancelRequest, Outcome, Receipt, RunRecord
 from blocks.stalling import RESTART, as_restart
-from trainer.contract import EXIT_REASONS, TrainyardError
+from trainer.contract import EXIT_REASONS, ExitCode, TrainyardError
 
 # Prefect kills a flow that it cancels after 30 s; within this time a job must be over, or is told to be late.
 STOP_WAIT_SECONDS = 20.0
@@ -95,7 +95,7 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
     # A policy that restarts stalled jobs had this one stopped, whoever closes it now.
     restarts = (event for event in record.events() if event.kind == RESTART and event.data.get("attempt") == ref.attempt)
     status = as_restart(status, next((event.message for event in restarts), ""))
-    result = collect_what_there_is(provider, ref, status)
+    result, status = collect_what_there_is(provider, ref, status)
     wish = asked = record.cancel_request(ref.attempt)
     succeeded = status.state is JobState.SUCCEEDED
     if asked is None and status.reason is FailureReason.TIMEOUT:
@@ -203,18 +203,25 @@ def end_of(asked: CancelRequest) -> dict[str, Any]:
     return {"state": JobState.FAILED, "reason": asked.reason, "message": asked.why, "hint": asked.hint}
 
 
-def collect_what_there_is(provider: Provider[Any], ref: JobRef, status: JobStatus) -> Result | None:
-    """The verified result of a success; of a job that was stopped or failed, its last good checkpoint, if it came so far."""
+def collect_what_there_is(provider: Provider[Any], ref: JobRef, status: JobStatus) -> tuple[Result | None, JobStatus]:
+    """The verified result of a success; of a job that was stopped or failed, its last good checkpoint, if it came so far.
+
+    A success whose result is missing or damaged is none, and stays so: the status that is returned says it.
+    """
     if status.state is JobState.SUCCEEDED:
-        return provider.collect(ref)
+        try:
+            return provider.collect(ref), status
+        except ResultMissing as exc:
+            told = {"message": exc.message, "hint": exc.hint, "exit_code": int(exc.code)}
+            status = status.model_copy(update={"state": JobState.FAILED, "reason": FailureReason.UNKNOWN, **told})
     try:
-        return provider.collect(ref, allow_partial=True)
+        return provider.collect(ref, allow_partial=True), status
     except ResultMissing:
-        return None
+        return None, status
 
 
 def result_of(record: RunRecord, step: Step) -> Result:
-    """The result of a run that is over. Raises JobFailed or RunCancelled, with the reason, where it has none."""
+    """The result of a run that is over. Raises JobFailed, ResultMissing or RunCancelled, with the reason, where it has none."""
     outcome = record.outcome(step.attempt) if step.attempt else None
     if outcome is None and step.attempt == 0:
         raise RunCancelled(f"run {record.run_id} was cancelled before it was planned", hint="start it again; nothing was spent")
@@ -227,6 +234,8 @@ def result_of(record: RunRecord, step: Step) -> Result:
         raise RunCancelled(
             f"run {record.run_id} was cancelled{who} after epoch {outcome.epoch}", hint=f"`trainyard resume {record.run_id}`"
         )
+    if outcome.exit_code == ExitCode.RESULT_MISSING:
+        raise ResultMissing(outcome.message, run_id=record.run_id, hint=outcome.hint)
     reason = outcome.reason or FailureReason.UNKNOWN
     tried = f" ({step.why})" if step.why else ""
     raise JobFailed(

@@ -212,25 +212,29 @@ class Provider(ABC, Generic[Settings]):
         Asked once more when the job was stopped and its receipt is written: what is left of it may then be removed.
         """
 
-    def collect(self, ref: JobRef, *, allow_partial: bool = False) -> Result:
-        """The job's verified result. Raises ResultMissing where the manifest is absent, another attempt's, or a file differs from it.
+    def collect(self, ref: JobRef, *, allow_partial: bool = False, status: JobStatus | None = None) -> Result:
+        """The job's verified result. Raises ResultMissing where the manifest is absent, damaged, another attempt's, or a file differs.
 
         With `allow_partial`, the last checkpoint of a job that did not come to its end is a result too, if its hash is right.
+        `status` tells time and cost where the job cannot be looked at; without it, it is.
         """
         folder = self.objects(ref.output_uri)
         data = folder.get(AttemptLayout.MANIFEST)
         if data is None and allow_partial:
-            return self._collect_checkpoint(ref, folder)
+            return self._collect_checkpoint(ref, folder, status)
         if data is None:
             raise self._missing(ref, "it wrote no manifest")
-        manifest = ResultManifest.model_validate_json(data)
+        try:
+            manifest = ResultManifest.model_validate_json(data)
+        except ValidationError as exc:
+            raise self._missing(ref, "its manifest is damaged") from exc
         if (manifest.run_id, manifest.attempt) != (ref.run_id, ref.attempt):
             raise self._missing(ref, f"its manifest belongs to attempt {manifest.attempt} of run {manifest.run_id}")
         for name, expected in manifest.files.items():
             digest = folder.sha256(name)
             if digest != expected.sha256:
                 raise self._missing(ref, f"{name} is {'missing' if digest is None else 'not what the manifest says'}")
-        status = self.observe(ref)
+        status = status or self.observe(ref)
         started, ended = status.started_at or ref.submitted_at, status.ended_at or manifest.created_at
         seconds = seconds_between(started, ended)
         return Result(
@@ -247,14 +251,14 @@ class Provider(ABC, Generic[Settings]):
             cost_usd=status.cost_usd,
         )
 
-    def _collect_checkpoint(self, ref: JobRef, folder: ObjectFolder) -> Result:
+    def _collect_checkpoint(self, ref: JobRef, folder: ObjectFolder, status: JobStatus | None) -> Result:
         places = [f"{AttemptLayout.CHECKPOINTS}/{name}" for name in folder.names(AttemptLayout.CHECKPOINTS) if name.startswith("epoch-")]
         for place in sorted((place for place in places if place.endswith(".json")), reverse=True):
             described = json.loads(folder.get(place) or b"{}")
             weights = place.removesuffix(".json") + ".pt"
             if described.get("sha256") != folder.sha256(weights):
                 continue
-            status = self.observe(ref)
+            status = status or self.observe(ref)
             progress = status.progress
             seconds = seconds_between(status.started_at or ref.submitted_at, status.ended_at or status.observed_at)
             return Result(

@@ -16,9 +16,10 @@ import click
 from pydantic import ValidationError
 
 from blocks import load_provider
-from blocks.attempts import Action, cancel_run, next_step_of, provider_of
+from blocks.attempts import Action, next_step_of, provider_of
 from blocks.errors import ConfigError, JobNotFound, ServiceUnavailable, TransientError
 from blocks.job import JobRef, JobState, JobStatus
+from blocks.lost import stop_run
 from blocks.outputs import Listing, in_parallel
 from blocks.places import user_name
 from blocks.record import RunFile, RunRecord
@@ -257,14 +258,15 @@ def latest_ref(record: RunRecord) -> JobRef | None:
 @click.command()
 @run_argument
 @click.option("--why", default="", help="A word for the receipt.")
+@click.option("--lost", is_flag=True, help="Close RUN even where its cluster or cloud cannot be asked any more.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def cancel(run: str, why: str, as_json: bool) -> None:
+def cancel(run: str, why: str, lost: bool, as_json: bool) -> None:
     """Stop RUN, and wait until it is over (at most 20 s)."""
     record = find_run(run)
     if is_over(record):
         click.echo(json.dumps(summarize(record)) if as_json else f"run {record.run_id} is over: {describe_status(observe(record).status)}")
         return
-    outcome = cancel_run(record, asked_by=f"{user_name()}@{socket.gethostname()}", why=why)
+    outcome = stop_run(record, asked_by=f"{user_name()}@{socket.gethostname()}", why=why, lost=lost)
     attempts = record.attempts()
     if as_json:
         click.echo(json.dumps(summarize(record)))
@@ -276,6 +278,8 @@ def cancel(run: str, why: str, as_json: bool) -> None:
         click.echo(f"run {record.run_id} is {outcome.state.value}, after epoch {outcome.epoch}")
         if record.receipt(attempts[-1]) is not None:
             click.echo(f"  receipt  {record.attempt_uri(attempts[-1])}/receipt.json")
+        elif lost:
+            click.echo("\n".join(f"  {name:8} {text}" for name, text in {"cause": outcome.message, "next": outcome.hint}.items() if text))
 
 
 def is_over(record: RunRecord) -> bool:
