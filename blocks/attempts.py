@@ -94,7 +94,8 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
     """
     # A policy that restarts stalled jobs had this one stopped, whoever closes it now.
     restarts = (event for event in record.events() if event.kind == RESTART and event.data.get("attempt") == ref.attempt)
-    status = as_restart(status, next((event.message for event in restarts), ""))
+    restart_why = next((event.message for event in restarts), "")
+    status = as_restart(status, restart_why)
     result, status = collect_what_there_is(provider, ref, status)
     wish = asked = record.cancel_request(ref.attempt)
     succeeded = status.state is JobState.SUCCEEDED
@@ -129,7 +130,10 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
         result=result,
         status=status,
     )
-    return record.write_outcome(ref.attempt, outcome)
+    closed = record.write_outcome(ref.attempt, outcome)
+    if restart_why or (wish is not None and succeeded):
+        provider.cancel(ref)  # told to stop as well, and without a receipt: the outcome proves that it is over
+    return closed
 
 
 def cancel_run(

@@ -209,7 +209,7 @@ class Provider(ABC, Generic[Settings]):
     def cancel(self, ref: JobRef) -> None:
         """Asks the job to stop and returns. Already ended or missing is fine.
 
-        Asked once more when the job was stopped and its receipt is written: what is left of it may then be removed.
+        Asked once more when the job was stopped and its receipt or outcome is written: what is left of it may then be removed.
         """
 
     def collect(self, ref: JobRef, *, allow_partial: bool = False, status: JobStatus | None = None) -> Result:

@@ -128,10 +128,16 @@ def explain_config(text: str) -> Cause:
     return Cause(FailureReason.CONFIG, f"the container cannot be set up: {text}", "kubectl describe pod tells more")
 
 
+# The Job has its pod, or the pod its volumes and network: what was said of them before is mended.
+GOES_ON = ("SuccessfulCreate", "Pulling", "Pulled")
+
+
 def explain_events(events: list[Object]) -> Cause | None:
     """What keeps a pod from being made, or from getting its volumes; the latest word counts."""
     for event in reversed(events):
         reason, text = word(event, "reason"), word(event, "message")
+        if reason in GOES_ON:
+            return None
         if reason == "FailedCreate":
             return explain_failed_create(text)
         if reason == "FailedCreatePodSandBox":

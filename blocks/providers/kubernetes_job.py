@@ -109,7 +109,7 @@ class KubernetesProvider(Provider[KubernetesSettings]):
             return self._read_object_log(ref, place)
 
     def cancel(self, ref: JobRef) -> None:
-        """Suspends the Job: its pods get TERM, and save. Repeated when its receipt is written, it deletes the Job.
+        """Suspends the Job: its pods get TERM, and save. Repeated when its receipt or outcome is written, it deletes the Job.
 
         One that ended by itself stays for its time to live: its pods are what tells how.
         """
@@ -122,7 +122,7 @@ class KubernetesProvider(Provider[KubernetesSettings]):
                 return
             objects = self.objects(ref.output_uri)
             if CANCELLED_AT in child(job, "metadata", "annotations") or is_over(job):
-                recorded = objects.get(AttemptLayout.RECEIPT) is not None
+                recorded = any(objects.get(name) is not None for name in (AttemptLayout.RECEIPT, AttemptLayout.OUTCOME))
                 if may_be_removed(job, read_exit(objects), recorded=recorded) and not self._pods_alive(job, ref):
                     self._delete(ref)
                 return

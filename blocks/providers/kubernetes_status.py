@@ -43,6 +43,8 @@ POD_STATES = {**PHASE_STATES, Phase.QUEUED: JobState.STARTING}
 
 
 HELD_BACK = ("Suspended", "SchedulingGated")  # by a queue, for as long as it wants
+# After the time that a pod has to save, the node kills it and says so. API reference: `deletionTimestamp` is the end of that time.
+OVERDUE_SECONDS = 30.0
 HAS_A_MACHINE = ("Running", "Terminating", "NodeLost", "Failed")  # or had one, and the Job makes the next pod
 
 
@@ -133,7 +135,13 @@ def look(native: Native) -> View:
 
 def _look_cancelled(native: Native) -> View:
     status = child(native.job, "status")
-    if any(map(is_alive, native.pods)) or status.get("active") or status.get("terminating"):
+    alive = [pod for pod in native.pods if is_alive(pod)]
+    if silent := next((pod for pod in alive if is_silent(pod, native.now)), None):
+        node = word(silent, "spec", "nodeName") or "its node"
+        message = f"asked to stop, but {node} does not say that its pod has ended: it may still run, and cost"
+        hint = f"kubectl get node {node}; where it is gone for good: kubectl delete node {node}   (then the stop comes to its end)"
+        return View(state=JobState.STOPPING, native="NodeLost", cause=Cause(FailureReason.INFRASTRUCTURE, message, hint))
+    if alive or status.get("active") or status.get("terminating"):
         return View(state=JobState.STOPPING, native="Suspended", message="asked to stop; saving")
     if native.ended is not None and native.ended.exit_code == 0:
         return View(state=JobState.SUCCEEDED, native="Suspended", message="it was done when it was asked to stop")
@@ -181,13 +189,21 @@ def look_at_pods(native: Native) -> View:
 def _look_leaving(pod: Object) -> View:
     """Being taken away; the Job starts another one when this one is known to have ended."""
     node = word(pod, "spec", "nodeName") or "no node"
-    ready = condition(pod, "Ready")
     disrupted = explain_end(pod)
     why = f": {disrupted.message}" if disrupted is not None else ""
     hint = f"where {node} is gone for good: kubectl delete node {node}   (until then no second trainer starts)"
     cause = Cause(FailureReason.PREEMPTED, f"the pod on {node} is taken away; a new one follows when it has ended{why}", hint)
-    lost = ready.get("status") == "Unknown" or word(pod, "status", "reason") == "NodeLost"
-    return View(state=JobState.STARTING, native="NodeLost" if lost else "Terminating", cause=cause)
+    return View(state=JobState.STARTING, native="NodeLost" if _is_lost(pod) else "Terminating", cause=cause)
+
+
+def is_silent(pod: Object, now: datetime) -> bool:
+    """Whether its node says nothing of a pod that is taken away: its time to save is over, and it is still there."""
+    gone_by = time_at(pod, "metadata", "deletionTimestamp")
+    return _is_lost(pod) or (gone_by is not None and seconds_between(gone_by, now) > OVERDUE_SECONDS)
+
+
+def _is_lost(pod: Object) -> bool:
+    return condition(pod, "Ready").get("status") == "Unknown" or word(pod, "status", "reason") == "NodeLost"
 
 
 def look_pending(pod: Object, events: list[Object]) -> View:
@@ -221,7 +237,7 @@ def _look_running(native: Native, pod: Object) -> View:
 
 
 def may_be_removed(job: Object, ended: ExitRecord | None, *, recorded: bool) -> bool:
-    """Whether a Job may go before its time to live ends: one that was stopped as asked, when its receipt is in the record."""
+    """Whether a Job may go before its time to live ends: one that was stopped, when the record tells its end. Suspended, it has none."""
     return recorded and (CANCELLED_AT in child(job, "metadata", "annotations") or (ended is not None and ended.cancelled))
 
 
