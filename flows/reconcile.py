@@ -40,7 +40,7 @@ SETTLE = timedelta(seconds=10)
 CANCEL_PATIENCE = timedelta(seconds=40)
 # From a worker's claim to the first line of the flow.
 START_PATIENCE = timedelta(seconds=60)
-# What is older does not start to spend money by itself.
+# What is older does not start to spend money by itself: no first attempt, and none after one that is found to have ended.
 FRESH = timedelta(hours=1)
 MOST_RESTARTS = 3
 RESTARTED = "restarted"
@@ -57,6 +57,7 @@ class Decision(StrEnum):
     CANCEL = "cancel"
     RESTART = "restart"  # a flow run goes on with it
     TEND = "tend"  # look at the job from here, and close the run when it is over
+    CATCH_UP = "catch-up"  # as TEND; a flow run goes on with it only while its job lives
     FORGET = "forget"  # nothing is left to do
 
 
@@ -91,9 +92,11 @@ def decide(sight: Sight) -> Decision:
     patience = START_PATIENCE if starts else SETTLE
     if sight.flow_state in WAITING or sight.flow_state_age < patience:
         return Decision.LEAVE
-    spends = not over and not sight.submitted
-    if sight.restarts < MOST_RESTARTS and not (spends and sight.driver_silent > FRESH):
-        return Decision.RESTART
+    if sight.restarts < MOST_RESTARTS:
+        if over or sight.driver_silent <= FRESH:
+            return Decision.RESTART
+        if sight.submitted:
+            return Decision.CATCH_UP
     return Decision.TEND if sight.has_record and not over else Decision.FORGET
 
 
@@ -126,6 +129,9 @@ def reconcile_run(client: SyncPrefectClient, record: RunRecord) -> list[str]:
     decision = decide(sight)
     done: list[str] = []
     successor = ""
+    if decision is Decision.CATCH_UP:
+        done = catch_up(record, run)
+        decision = Decision.LEAVE if done else Decision.RESTART
     match decision:
         case Decision.CANCEL:
             done = cancel(client, record, flow_run)
@@ -249,6 +255,15 @@ def tend(record: RunRecord, run: RunFile | None) -> list[str]:
         return []
     outcome = close(provider, record, ref, status)
     return [f"run {record.run_id}: closed, {outcome.state.value}"]
+
+
+def catch_up(record: RunRecord, run: RunFile | None) -> list[str]:
+    """As `tend`; empty, too, where its job cannot be asked from here, as its own worker's machine may."""
+    try:
+        return tend(record, run)
+    except TrainyardError as exc:
+        log.warning("run %s: its job cannot be looked at from here, and is left to its flow: %s", record.run_id, exc)
+        return []
 
 
 def restart_unstarted(client: SyncPrefectClient) -> list[str]:

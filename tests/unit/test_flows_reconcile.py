@@ -12,8 +12,12 @@ from prefect.client.schemas.objects import StateType
 
 from blocks.attempts import Action, Step
 from blocks.driving import Driver
+from blocks.job import JobRef, JobState, JobStatus
+from blocks.providers.local_process import LocalProvider
 from blocks.record import RunRecord
 from flows.reconcile import MOST_RESTARTS, Decision, Sight, decide
+from tests.unit.test_blocks_pruning import make_run
+from trainer.contract import utc_now
 
 reconcile = import_module("flows.reconcile")
 OPEN = Step(Action.ADOPT, 1)
@@ -61,7 +65,8 @@ def sight(**changes: Any) -> Sight:
         ("over, and told so", {"step": OVER, "flow_state": StateType.COMPLETED}, Decision.FORGET),
         ("over, but its flow died before it said so", {"step": OVER}, Decision.RESTART),
         ("killed long ago, before it spent anything", {"submitted": False, "driver_silent": timedelta(days=2)}, Decision.TEND),
-        ("killed long ago, its job may be running", {"driver_silent": timedelta(days=2)}, Decision.RESTART),
+        ("killed long ago, its job may be running", {"driver_silent": timedelta(days=2)}, Decision.CATCH_UP),
+        ("killed long ago, restarted often enough", {"driver_silent": timedelta(days=2), "restarts": MOST_RESTARTS}, Decision.TEND),
         ("killed while it read the dataset", {"has_record": False, "submitted": False, "step": Step(Action.START, 1)}, Decision.RESTART),
     ],
 )  # fmt: skip
@@ -83,3 +88,26 @@ def test_one_damaged_record_does_not_keep_the_others_waiting(tmp_path: Path, mon
     monkeypatch.setattr(reconcile, "restart_unstarted", lambda _: [])
     told = reconcile.reconcile_pass()
     assert [line.split(":")[0] for line in told] == ["run aaaa1111", "run bbbb2222"]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_job_that_ended_while_nobody_looked_for_days_is_closed_and_followed_by_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    """It was killed on Friday, say, and removed when its time to live was over. One that still trains is watched again."""
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path))
+    record = make_run("late1234", tmp_path, None)
+    job = {"provider": "local", "native_id": "x", "run_id": record.run_id, "attempt": 1, "fingerprint": "f"}
+    record.write_ref(JobRef.model_validate({**job, "output_uri": record.attempt_uri(1)}))
+    seen = {"flow_run_id": str(uuid4()), "host": "elsewhere", "pid": 1, "pid_created_at": 1.0, "seen_at": utc_now() - timedelta(days=3)}
+    record.folder.put("drivers/x.json", Driver.model_validate(seen).model_dump_json().encode())
+    monkeypatch.setattr(reconcile, "find_flow_run", lambda *_: None)
+    monkeypatch.setattr(reconcile, "tell_news", lambda *_: True)
+    monkeypatch.setattr(reconcile, "restart", lambda *_: (["restarted"], "its successor"))
+    if not ended:
+        monkeypatch.setattr(LocalProvider, "observe", lambda *_: JobStatus(state=JobState.RUNNING))
+    told = [reconcile.reconcile_run(None, record) for _ in range(2)]
+    assert told == ([["run late1234: closed, failed"], []] if ended else [["restarted"], ["restarted"]])
+    outcome = record.outcome(1)
+    assert (outcome.state if outcome else None) is (JobState.FAILED if ended else None)
+    assert record.attempts() == [1]
