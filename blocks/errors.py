@@ -13,11 +13,9 @@ TrainyardError (trainer.contract)
     │   ├── PlanChanged         another request lies under the same run and attempt
     │   ├── JobNotFound         the provider no longer knows the job
     │   ├── JobFailed           the job ended without success; carries the reason
-    │   ├── ResultMissing       ended as a success, but no verified result
-    │   └── BudgetExceeded      would cost, or has cost, more than allowed
+    │   └── ResultMissing       ended as a success, but no verified result
     └── TransientError          the same call may succeed later: the only kind that is retried
         ├── RateLimited
-        ├── CapacityError
         └── ServiceUnavailable
 """
 
@@ -108,19 +106,11 @@ class ResultMissing(TerminalError):
     exit_code = ExitCode.RESULT_MISSING
 
 
-class BudgetExceeded(TerminalError):
-    exit_code = ExitCode.TIMEOUT
-
-
 class TransientError(ProviderError):
     exit_code = ExitCode.UNAVAILABLE
 
 
 class RateLimited(TransientError):
-    pass
-
-
-class CapacityError(TransientError):
     pass
 
 

@@ -132,10 +132,7 @@ class Cluster:
 
 def is_of_handshake(exc: BaseException) -> bool:
     """Whether no request was sent because the two never agreed on TLS; any other failure of it may come after the server has acted."""
-    return (
-        re.search("CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER|UNKNOWN_PROTOCOL|HANDSHAKE_FAILURE|PROTOCOL_VERSION", str(exc))
-        is not None
-    )
+    return any(name in str(exc) for name in NEVER_AGREED)
 
 
 def describe_cause(exc: Exception) -> str:

@@ -236,7 +236,7 @@ def build_volumes(settings: KubernetesSettings, kind: InstanceClass) -> list[Jso
 
 def store_variables(spec: JobSpec) -> dict[str, str]:
     """The address of a store that is not its cloud's own, by the name that the store's library reads."""
-    endpoint = getattr(spec, "output_endpoint", None) or spec.dataset.store_endpoint
+    endpoint = spec.output_endpoint or spec.dataset.store_endpoint
     if not endpoint:
         return {}
     if spec.output_uri.startswith("s3://"):

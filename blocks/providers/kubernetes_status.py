@@ -154,7 +154,9 @@ def _look_suspended(native: Native) -> View:
     queue = word(native.job, "metadata", "labels", "kueue.x-k8s.io/queue-name")
     if queue:
         return View(state=JobState.QUEUED, native="Suspended", message=f"waits in the queue {queue}")
-    cause = Cause(FailureReason.CAPACITY, "somebody has suspended the Job", 'kubectl patch job NAME -p \'{"spec":{"suspend":false}}\'')
+    name, namespace = word(native.job, "metadata", "name"), word(native.job, "metadata", "namespace")
+    hint = f'kubectl patch job {name} -n {namespace} -p \'{{"spec":{{"suspend":false}}}}\''
+    cause = Cause(FailureReason.CAPACITY, "somebody has suspended the Job", hint)
     return View(state=JobState.QUEUED, native="Suspended", cause=cause)
 
 

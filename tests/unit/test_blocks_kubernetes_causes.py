@@ -42,3 +42,7 @@ def test_what_was_mended_is_no_cause_any_more(events: list[dict[str, str]], pods
     assert (after.waiting, after.reason) == (Waiting.MACHINE, None)
     again = parse_status(native(job(), *pods, events=[*events, events[0]]))
     assert again.waiting is Waiting.MENDING, "the latest word counts"
+
+
+def test_the_hint_for_a_job_that_somebody_suspended_can_be_run_as_it_stands() -> None:
+    assert 'kubectl patch job ty-r-1 -n n -p \'{"spec":{"suspend":false}}\'' in parse_status(native(job(suspend=True))).hint
