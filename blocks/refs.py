@@ -6,6 +6,7 @@ import random
 import re
 import shlex
 import time
+import unicodedata
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -129,12 +130,14 @@ def delete_ref(store: ObjectStore, uri: str, name: str) -> None:
 
 
 def list_names(store: ObjectStore) -> list[str]:
+    """Of what has the name of a ref: other files may lie there, such as the ``._cells.json`` that macOS leaves beside one."""
     return sorted(name for path in list_paths(store, "refs") if (name := _name_of(path)))
 
 
 def _name_of(key: str) -> str:
-    """The dataset whose ref it is; empty for what is none."""
-    return key.removeprefix("refs/").removesuffix(".json") if key.endswith(".json") else ""
+    """The dataset whose ref it is; empty for what is none. Also of a ref whose accents a file system has taken apart, as HFS+ does."""
+    name = key.removeprefix("refs/").removesuffix(".json")
+    return name if key.endswith(".json") and NAME.fullmatch(unicodedata.normalize("NFC", name)) else ""
 
 
 def _name_datasets(store: ObjectStore) -> str:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shlex
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,21 @@ def test_nothing_is_freed_while_a_ref_is_damaged_until_it_is_removed(uri: str, t
     assert collect(open_marker(uri), uri, Policy(), ()).objects == 0, "what is young stays"
     assert call("gc", "--store", uri, "--grace", "0s", "--yes").exit_code == 0
     assert [path for path in list_paths(open_store(uri), "refs") if path.endswith(".json")] == ["refs/whole.json"]
+
+
+def test_what_is_no_ref_is_not_taken_for_a_damaged_one(uri: str, tmp_path: Path) -> None:
+    """macOS leaves a file of its own beside each; and HFS+ takes the accents of names apart, which stay refs."""
+    stage(tmp_path, uri, "Zähne", b"3")
+    refs = Path(uri) / "refs"
+    (refs / "Zähne.json").rename(refs / unicodedata.normalize("NFD", "Zähne.json"))
+    for foreign in ("._whole.json", "whole (copy).json", "notes.txt"):
+        (refs / foreign).write_bytes(b"\0\5\x16\7")
+    read = read_refs(open_store(uri), uri)
+    assert ([unicodedata.normalize("NFC", name) for name in read.whole], read.damaged) == (["Zähne", "my cells", "whole"], {})
+    assert call("gc", "--store", uri, "--grace", "0s", "--yes").exit_code == 0
+    for ref in read.whole.values():
+        assert verify_version(uri, ref.version).files == 1
+    assert sum(path.name.startswith(("._", "whole (", "notes")) for path in refs.iterdir()) == 3, "nor is it deleted"
 
 
 def test_staged_with_again_a_damaged_ref_is_written_anew(uri: str, tmp_path: Path) -> None:
