@@ -57,6 +57,12 @@ def ref_key(name: str) -> str:
     return f"refs/{name}.json"
 
 
+def choose_name(said: str, most: int = MAX_NAME) -> str:
+    """The name of a dataset that was given none: that of its folder, with a dash for what no name may have. At most so many characters."""
+    text = re.sub(r"[^\w .+-]+", "-", unicodedata.normalize("NFC", said))[:most]
+    return re.sub(r"^\W+", "", text) or "dataset"
+
+
 def read_ref(store: ObjectStore, uri: str, name: str, *, mend: bool = False) -> tuple[Ref | None, UpdateVersion | None]:
     """The ref, and what tells this state of it from the next.
 

@@ -104,7 +104,7 @@ def telling_what_is_kept(ticker: Ticker, kept: str) -> Generator[None]:
 @click.command()
 @click.argument("path")
 @STORE
-@click.option("--name", help="Name of the dataset in the store. Default: the folder's.")
+@click.option("--name", help="Name of the dataset in the store. Default: from the folder's.")
 @click.option("--again", is_flag=True, help="Mend a damaged store: read all, here and there, and send what is missing or wrong there.")
 @AS_JSON
 def stage(path: str, store_uri: str, name: str | None, again: bool, as_json: bool) -> None:

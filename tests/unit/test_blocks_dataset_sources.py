@@ -59,6 +59,27 @@ def test_the_nearest_choice_of_a_store_wins(tmp_path: Path, monkeypatch: pytest.
     assert choose_store(request.model_copy(update={"store": "s3://asked/for"}), "s3://of-the-profile") == "s3://asked/for"
 
 
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("my images", "my images"),
+        ("date=2024-01-01", "date-2024-01-01"),
+        ("images(1)", "images-1-"),
+        (".hidden", "hidden"),
+        ("a\u0308pfel 100%", "äpfel 100-"),
+        ("???", "dataset"),
+        ("n" * 200, "n" * 93),
+    ],
+)
+def test_any_folder_can_be_registered_without_a_name_of_its_own(tmp_path: Path, folder: str, name: str) -> None:
+    """As a training does, whose ``--name`` is the run's. Staged, the same folder gets the same name."""
+    root, store = make_cells(tmp_path).rename(tmp_path / folder), (tmp_path / "store").as_uri()
+    _, registered = register(TrainRequest(dataset=root.as_uri(), store=store), StoreChoice(store), "", DatasetCheck())
+    assert registered.name == name
+    assert stage_folder(root, store).name == (name if len(folder) < 100 else "n" * 100)
+    assert stage_index(check_dataset(root), StoreChoice(store), "")[1].name == f"{name[:80]}.used"
+
+
 @pytest.mark.parametrize("dataset", ["/data/cells", "s3://bucket/store#cells"])
 def test_labels_of_their_own_are_for_buckets(dataset: str) -> None:
     with pytest.raises(ValidationError, match="labels are for images in a bucket"):
