@@ -14,9 +14,10 @@ from blocks.garbage import Policy, collect, open_marker
 from blocks.refs import read_ref, read_refs
 from blocks.staging import Staged, stage_folder
 from flows.cli import app
+from flows.requesting import build_request
 from trainer.errors import ExitCode, TrainyardError
 from trainer.packs import manifest_key
-from trainer.storage import list_paths, open_store
+from trainer.storage import list_paths, open_store, to_store_uri
 from trainer.verifying import verify_version
 
 DAMAGE = [b"", b'{"version": "ab', b"\xff", b'{"version": "", "files": 1, "bytes": 1}', b'{"version": "cells", "files": 1, "bytes": 1}']
@@ -208,6 +209,38 @@ def test_a_file_uri_that_means_another_place_than_it_says_is_refused(tmp_path: P
         assert refused.code is ExitCode.CONFIG
         assert right.format(tmp_path) in refused.hint
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "https://account.blob.core.windows.net/cells?sv=2024-11-04&sig=SECRET",
+        "s3://bucket/cells?X-Amz-Signature=SECRET",
+        "s3://bucket//cells?X-Amz-Signature=SECRET",
+        "s3://KEY:SECRET@bucket/cells",
+        "s3://KEY:half/of-the-SECRET@bucket/cells",
+        "s3:/KEY:SECRET@bucket/cells",
+        "https://somebody:SECRET@account.blob.core.windows.net/cells",
+    ],
+)
+def test_a_secret_in_a_uri_is_refused_and_nowhere_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    told = [error_of(call("list", "--store", wrong))]
+    monkeypatch.setenv("TRAINYARD_STORE", wrong)
+    told.append(error_of(call("list")))
+    with pytest.raises(TrainyardError) as refused:
+        to_store_uri(wrong)
+    told.append(refused.value)
+    for dataset, options in ((wrong, {}), (str(tmp_path), {"store": wrong}), (str(tmp_path), {"output": wrong})):
+        with pytest.raises(TrainyardError) as refused:
+            build_request(dataset, options)
+        told.append(refused.value)
+    for each in told:
+        assert each.code is ExitCode.CONFIG
+        assert "SECRET" not in f"{each} {each!r}"
+    if "s3://bucket" not in wrong:
+        with pytest.raises(TrainyardError, match=r"object store|not shown") as refused:
+            open_store(wrong)
+        assert "SECRET" not in str(refused.value)
 
 
 def test_a_tilde_that_the_shell_leaves_is_the_home(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
