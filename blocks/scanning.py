@@ -12,7 +12,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from trainer.errors import ExitCode, TrainerError
-from trainer.packs import MAX_NAME_BYTES, check_path
+from trainer.packs import MAX_NAME_BYTES, MAX_PATH_PARTS, check_path
 from trainer.storage import to_path
 
 IGNORE_FILE = ".trainyardignore"
@@ -80,6 +80,9 @@ class Scan:
         return found
 
     def _below(self, folder: str, prefix: str) -> Iterator[tuple[str, Stat]]:
+        if prefix.count("/") >= MAX_PATH_PARTS:
+            hint = "move what is needed of it up, or leave it out by a pattern in .trainyardignore"
+            raise TrainerError(f"{folder} is deeper than {MAX_PATH_PARTS} folders", hint=hint, code=ExitCode.DATA)
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except PermissionError as exc:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
 from trainer.errors import ExitCode, TrainerError
-from trainer.fetch_index import FetchIndex, Part, Wanted, cut_parts
+from trainer.fetch_index import FetchIndex, Needs, Part, Wanted, cut_parts
 from trainer.file_tree import FileTree, open_root, probe_names, remove_others, write_all
 from trainer.in_place import fetch_in_place
 from trainer.locks import holding
@@ -43,6 +44,7 @@ MAX_DEPTH = 64
 READ_BYTES = 2**20
 HEADER_BYTES = 256 * 1024
 INDEX_BYTES = 256  # of a file in the index of a fetch, about
+LOOK_FILES = 1000
 MIB = 2**20
 
 Progress = Callable[[int, int], None]
@@ -225,11 +227,10 @@ class _Fetch:
         with open_root(self.folder) as root:
             self._refuse_full(root, header.files * INDEX_BYTES, 0)
             with contextlib.closing(FetchIndex(index_path)) as index:
-                needed = self._plan(files, index, root)
+                self._plan(files, index, root)
                 rules = probe_names(root)
                 if any(rules):
                     index.refuse_collisions(rules)
-                self._refuse_full(root, needed, 0 if self.resumed else header.files)
                 self.reader.in_parallel(cut_parts(index.files()), lambda part: self._fetch_part(root, part))
                 self._fetch_in_place(root, index)
                 if self.resumed:
@@ -239,21 +240,29 @@ class _Fetch:
                     state = read_state(tree, header.version, index.paths()) if with_state else ""
         return Fetched(header.version, header.files, header.bytes, self.count.fetched_files, self.count.fetched_bytes), state
 
-    def _plan(self, files: Iterator[StagedFile], index: FetchIndex, root: int) -> int:
-        """Fills the index. Returns the bytes of disk that are needed, by whole blocks."""
-        block = os.fstatvfs(root).f_frsize
-        needed = 0
+    def _plan(self, files: Iterator[StagedFile], index: FetchIndex, root: int) -> None:
+        """Fills the index. Refuses what does not fit as soon as that shows, since the index takes of the same disk."""
+
+        def has_folder(path: str) -> bool:
+            if not self.resumed:
+                return False
+            try:
+                return stat.S_ISDIR(os.stat(path, dir_fd=root, follow_symlinks=False).st_mode)
+            except OSError:  # what is in the way is told when it is made
+                return False
+
+        needs = Needs(os.fstatvfs(root).f_frsize, has_folder)
 
         def planned() -> Iterator[StagedFile]:
-            nonlocal needed
-            with FileTree(root, self.folder) as tree:
-                for file in files:
-                    there = (tree.size(file.path) or 0) if self.resumed else 0
-                    needed += -(-max(0, file.size - there) // block) * block
+            with FileTree(root, self.folder, make=False) as tree:
+                for number, file in enumerate(files):
+                    needs.add(file.path, file.size, tree.size(file.path) if self.resumed else None)
+                    if number % LOOK_FILES == 0:
+                        self._refuse_full(root, needs.bytes, needs.entries)
                     yield file
 
         index.fill(planned())
-        return needed
+        self._refuse_full(root, needs.bytes, needs.entries)
 
     def _refuse_full(self, root: int, needed: int, files: int) -> None:
         found = os.fstatvfs(root)
@@ -263,7 +272,7 @@ class _Fetch:
             message = f"the disk is full at {self.folder}: {needed / MIB:.0f} MiB needed, {free / MIB:.0f} MiB are free"
             raise TrainerError(message, hint=hint, code=ExitCode.DISK_FULL)
         if found.f_files and files > found.f_favail:  # some file systems count no files
-            message = f"the disk is full at {self.folder}: it takes {found.f_favail} more files, and {files} are needed"
+            message = f"the disk is full at {self.folder}: it takes {found.f_favail} more files and folders, and {files} are needed"
             raise TrainerError(message, hint=hint, code=ExitCode.DISK_FULL)
 
     def _fetch_part(self, root: int, part: Part) -> None:

@@ -36,6 +36,7 @@ BLOCK = 512
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
 MAX_NAME_BYTES = 255  # NAME_MAX of Linux
+MAX_PATH_PARTS = 128  # nobody's data has so many; and no path has more that is no longer than one name, so that a scan need not count them
 MAX_LINE_BYTES = 4 * MAX_PATH_BYTES + 512
 MAX_HEADER_BYTES = 64 * 2**20  # a header names its packs, some 70 bytes each
 MAX_MANIFEST_BYTES = 512 * 2**20  # as stored, those below included; a million files are some 45 MiB
@@ -178,6 +179,8 @@ def check_path(path: str) -> str:
         raise ValueError(f"unsafe path {path[:200]!r}")
     if len(encoded) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in parts):
         raise ValueError(f"path too long: {path[:200]!r}")
+    if len(parts) > MAX_PATH_PARTS:
+        raise ValueError(f"path of more than {MAX_PATH_PARTS} parts: {path[:200]!r}")
     return path
 
 

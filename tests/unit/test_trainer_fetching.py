@@ -16,7 +16,7 @@ from tests.components import skip_or_fail
 from tests.staged_store import read_tree, write, write_store
 from trainer import fetching
 from trainer.contract import ExitCode, TrainerError
-from trainer.fetch_index import GAP_BYTES, PART_BYTES, FetchIndex, Wanted, cut_parts, wanted
+from trainer.fetch_index import GAP_BYTES, PART_BYTES, FetchIndex, Needs, Wanted, cut_parts, wanted
 from trainer.fetching import fetch_version, read_header
 from trainer.file_tree import FileTree, NameRules, open_root
 from trainer.packs import InPlace, StagedFile, file_key
@@ -325,6 +325,15 @@ def test_a_second_file_of_the_same_name_is_refused_in_any_case(tmp_path: Path) -
 
 
 # --- Planning --------------------------------------------------------------------------------------------
+
+
+def test_each_folder_is_counted_once_and_none_that_is_there() -> None:
+    needs = Needs(4096, {"a"}.__contains__)
+    for path, size, there in (("a/b/1", 5000, None), ("a/b/2", 0, None), ("a/b/c/3", 1, 1), ("a/bb/4", 4097, 1), ("ü", 1, None)):
+        needs.add(path, size, there)
+    assert needs.entries == 3 + len(["a/b", "a/b/c", "a/bb"])
+    assert needs.bytes == 4096 * (2 + 0 + 0 + 1 + 1 + 3) + len("a/b/1a/b/2a/b/c/3a/bb/4ü".encode())
+
 
 FILES = st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 3 * GAP_BYTES), st.integers(0, PART_BYTES + GAP_BYTES)), max_size=20)
 
