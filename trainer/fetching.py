@@ -24,10 +24,13 @@ from trainer.file_tree import FileTree, open_root, probe_names, remove_others, w
 from trainer.in_place import fetch_in_place
 from trainer.locks import holding
 from trainer.packs import (
+    MAX_HEADER_BYTES,
     MAX_MANIFEST_BYTES,
+    STAGE_AGAIN,
     ManifestHeader,
     StagedFile,
     check_version,
+    count_names,
     manifest_key,
     merge_manifests,
     open_manifest,
@@ -40,7 +43,7 @@ from trainer.verified_folder import read_state, remember, why_not_whole
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-MAX_DEPTH = 64
+MAX_MANIFESTS = 16  # of one version; a stage writes nine at most before one says all again
 READ_BYTES = 2**20
 HEADER_BYTES = 256 * 1024
 INDEX_BYTES = 256  # of a file in the index of a fetch, about
@@ -81,7 +84,7 @@ def read_version(store: ObjectStore, version: str) -> tuple[ManifestHeader, Iter
     import obstore
 
     parts: list[Iterator[StagedFile | str]] = []
-    read = 0
+    read = names = 0
     newest: ManifestHeader | None = None
     wanted: str | None = version
     while wanted:
@@ -91,17 +94,22 @@ def read_version(store: ObjectStore, version: str) -> tuple[ManifestHeader, Iter
             raise _not_there(wanted) from exc
         read += found.meta["size"]
         if read > MAX_MANIFEST_BYTES:
-            raise TrainerError(
-                f"the manifests of version {version[:12]} have more than {MAX_MANIFEST_BYTES // MIB} MiB", code=ExitCode.DATA
-            )
+            raise _too_much(version, f"have more than {MAX_MANIFEST_BYTES // MIB} MiB")
         header, lines = open_manifest(bytes(found.bytes()), wanted)
+        names += count_names(header)
+        if names > MAX_HEADER_BYTES:
+            raise _too_much(version, f"name more packs and places than {MAX_HEADER_BYTES // MIB} MiB hold")
         newest = newest or header
         parts.append(lines)
         wanted = header.base
-        if len(parts) > MAX_DEPTH:
-            raise TrainerError(f"the manifests of version {version[:12]} name each other without end", code=ExitCode.DATA)
+        if wanted and len(parts) == MAX_MANIFESTS:
+            raise _too_much(version, "name each other without end")
     assert newest is not None
     return newest, check_version(newest, merge_manifests(parts))
+
+
+def _too_much(version: str, what: str) -> TrainerError:
+    return TrainerError(f"the manifests of version {version[:12]} {what}", hint=STAGE_AGAIN, code=ExitCode.DATA)
 
 
 def _not_there(version: str) -> TrainerError:

@@ -38,7 +38,7 @@ MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
 MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 MAX_PATH_PARTS = 128  # nobody's data has so many; and no path has more that is no longer than one name, so that a scan need not count them
 MAX_LINE_BYTES = 4 * MAX_PATH_BYTES + 512
-MAX_HEADER_BYTES = 64 * 2**20  # a header names its packs, some 70 bytes each
+MAX_HEADER_BYTES = 64 * 2**20  # a header names its packs, some 70 bytes each; in all those of a version, as they stay in memory
 MAX_MANIFEST_BYTES = 512 * 2**20  # as stored, those below included; a million files are some 45 MiB
 MAX_NUMBER = 2**63
 LINES_AT_ONCE = 1024
@@ -86,6 +86,11 @@ class ManifestHeader(StoreRecord, frozen=True, kw_only=True):
     bytes: int
     packs: tuple[str, ...]
     sources: tuple[str, ...] = ()
+
+
+def count_names(header: ManifestHeader) -> int:
+    """Bytes that its packs and sources take as they are written, about."""
+    return sum(len(name) + 3 for name in (*header.packs, *header.sources))
 
 
 def pack_key(pack: str) -> str:

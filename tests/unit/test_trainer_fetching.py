@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import random
 import shutil
@@ -17,10 +18,11 @@ from tests.staged_store import read_tree, write, write_store
 from trainer import fetching
 from trainer.contract import ExitCode, TrainerError
 from trainer.fetch_index import GAP_BYTES, PART_BYTES, FetchIndex, Needs, Wanted, cut_parts, wanted
-from trainer.fetching import fetch_version, read_header
+from trainer.fetching import fetch_version, read_header, read_version
 from trainer.file_tree import FileTree, NameRules, open_root
-from trainer.packs import InPlace, StagedFile, file_key
+from trainer.packs import InPlace, ManifestHeader, StagedFile, file_key, manifest_key, write_manifest
 from trainer.ranges import FEWEST_STREAMS, MOST_STREAMS, next_streams
+from trainer.storage import open_store
 from trainer.verifying import verify_version
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,6 +294,25 @@ def test_a_manifest_without_end_is_not_read_into_memory(store: Path, tmp_path: P
     monkeypatch.setattr(fetching, "MAX_MANIFEST_BYTES", 100)
     with pytest.raises(TrainerError, match="have more than"):
         fetch_version(str(store), write_store(store, SMALL), tmp_path / "copy")
+
+
+def plant_chain(store: Path, length: int, **header: Any) -> str:
+    """A version whose manifest is the first of so many, each of which says nothing but the next."""
+    versions = [f"{number:064x}" for number in range(length)]
+    for version, base in zip(versions, [*versions[1:], None], strict=True):
+        out = io.BytesIO()
+        write_manifest(out, ManifestHeader(version=version, base=base, files=1, bytes=1, packs=(), **header), [])
+        write(store / manifest_key(version), out.getvalue())
+    return versions[0]
+
+
+@pytest.mark.parametrize(("length", "header"), [(17, {}), (16, {"sources": ("x" * 2**20,) * 5})])
+def test_what_a_chain_of_manifests_says_in_all_has_a_limit(store: Path, tmp_path: Path, length: int, header: dict[str, Any]) -> None:
+    """Each of these may be read by itself; their headers stay in memory together."""
+    with pytest.raises(TrainerError, match=r"the manifests of version .* name ") as refused:
+        read_version(open_store(str(store)), plant_chain(store, length, **header))
+    assert refused.value.code is ExitCode.DATA
+    assert read_version(open_store(str(store)), plant_chain(store, 16))[0].files == 1
 
 
 @pytest.mark.parametrize(
