@@ -130,7 +130,7 @@ def delete_ref(store: ObjectStore, uri: str, name: str) -> None:
     try:
         obstore.head(store, key)
     except FileNotFoundError as exc:
-        hint = f"trainyard dataset list --store {uri}"
+        hint = f"trainyard dataset list --store {shlex.quote(uri)}"
         raise TrainerError(f"{uri} has no dataset {name!r}", hint=hint, code=ExitCode.NOT_FOUND) from exc
     obstore.delete(store, key)
 
@@ -211,7 +211,7 @@ def resolve_version(store: ObjectStore, uri: str, wanted: str) -> str:
     found = {path.removeprefix("manifests/").split(".")[0] for path in list_paths(store, "manifests")}
     matching = sorted(version for version in found if version.startswith(wanted.lower()))
     if not matching or len(wanted) < 4:
-        hint = f"{_name_datasets(store)}; see them with: trainyard dataset list --store {uri}"
+        hint = f"{_name_datasets(store)}; see them with: trainyard dataset list --store {shlex.quote(uri)}"
         raise TrainerError(f"{uri} has no dataset or version {wanted!r}", hint=hint, code=ExitCode.NOT_FOUND)
     if len(matching) > 1:
         raise TrainerError(f"{wanted!r} is the beginning of {len(matching)} versions", hint="give more of it", code=ExitCode.CONFIG)

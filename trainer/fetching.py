@@ -115,7 +115,8 @@ def _too_much(version: str, what: str) -> TrainerError:
 def _not_there(version: str) -> TrainerError:
     return TrainerError(
         f"the store has no dataset version {version[:12]}",
-        hint="`trainyard dataset list` shows what it has; `trainyard dataset stage PATH --name NAME --again` writes anew what is lost",
+        hint="`trainyard dataset list --store STORE` shows what it has; "
+        "`trainyard dataset stage PATH --name NAME --store STORE --again` writes anew what is lost",
         code=ExitCode.NOT_FOUND,
     )
 

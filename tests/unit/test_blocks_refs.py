@@ -187,6 +187,19 @@ def test_the_hint_of_show_names_the_store(uri: str, tmp_path: Path) -> None:
     assert f"--store {uri} --again" in error_of(call("show", newest.version, "--store", uri)).hint
 
 
+def test_every_command_that_is_told_names_the_store_as_a_shell_reads_it(uri: str, tmp_path: Path) -> None:
+    place = str(Path(uri).rename(tmp_path / "my store"))
+    for version in ("0" * 64, "none"):
+        refused = error_of(call("show", version, "--store", place))
+        assert f"dataset list --store '{place}'" in refused.hint
+    with pytest.raises(TrainyardError) as told:
+        verify_version(place, "0" * 64)
+    assert f"list --store '{place}'" in told.value.hint
+    assert f"--name NAME --store '{place}' --again" in told.value.hint
+    assert f"gc --store '{place}'`" in call("rm", "whole", "--store", place, "--yes").output
+    assert f"list --store '{place}'" in error_of(call("rm", "whole", "--store", place, "--yes")).hint
+
+
 # --- Where a store is --------------------------------------------------------------------------------------
 
 
