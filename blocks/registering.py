@@ -28,6 +28,7 @@ from blocks.sending import list_objects, put_file, put_object
 from blocks.staging import MAX_DEPTH, MAX_SHARE, Staged, stage_folder
 from trainer.contract import ExitCode, TrainerError
 from trainer.fetching import read_version
+from trainer.locations import expand_home
 from trainer.packs import ManifestHeader, StagedFile, file_key, manifest_key, write_manifest
 from trainer.storage import folders_told_plainly, open_store, to_uri, told_plainly
 
@@ -87,7 +88,7 @@ def register_uri(
     with closing(JoinedTree()) as tree, folders_told_plainly():
         left_out = add_objects(tree, data_uri, store_uri, say)
         images = sum(1 for _ in tree.images())
-        folder = labels.expanduser().absolute() if labels else None
+        folder = expand_home(labels).absolute() if labels else None
         matched = match_labels(tree, folder, data_uri, images) if folder else None
         tree.add_labels_among_files()
         tree.match_labels()

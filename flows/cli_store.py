@@ -133,11 +133,12 @@ def fetch(version: str, store_uri: str, folder: str, as_json: bool) -> None:
     from blocks.places import verified_path
     from blocks.refs import find_version
     from trainer.fetching import fetch_version
+    from trainer.locations import expand_home
 
     ticker = Ticker()
     started = time.monotonic()
     wanted = find_version(store_uri, version)
-    place = Path(os.path.realpath(Path(folder).expanduser()))
+    place = Path(os.path.realpath(expand_home(folder)))
     kept = f"{place}.partial-{wanted[:12]} keeps what has come: the same command goes on from there"
     with telling_what_is_kept(ticker, kept):
         fetched = fetch_version(

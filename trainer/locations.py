@@ -65,7 +65,7 @@ def _refuse_slips(text: str) -> None:
         raise TrainerError(f"{text!r} has two slashes where a file's URI has three", hint=hint, code=ExitCode.CONFIG)
 
 
-def expand_home(text: str) -> Path:
+def expand_home(text: str | Path) -> Path:
     """With the home for a ``~``, which a shell leaves where it is not the beginning of a word, as in ``--store=~/data``.
 
     Raises TrainerError (CONFIG) for the home of nobody.
@@ -73,7 +73,7 @@ def expand_home(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as exc:
-        raise TrainerError(f"{text!r}: {exc}", hint="write the whole path", code=ExitCode.CONFIG) from exc
+        raise TrainerError(f"{str(text)!r}: {exc}", hint="write the whole path", code=ExitCode.CONFIG) from exc
 
 
 def to_store_uri(location: str | Path) -> str:

@@ -265,6 +265,16 @@ def test_a_tilde_that_the_shell_leaves_is_the_home(uri: str, tmp_path: Path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "my cells", "store", "whole"]
     refused = error_of(call("list", "--store=~nobody-of-that-name/store"))
     assert refused.code is ExitCode.CONFIG
+    nobody = "~nobody-of-that-name/x"
+    for arguments in (
+        ["fetch", "my cells", "--to", nobody, "--store", uri],
+        ["register", str(tmp_path), "--labels", nobody, "--store", uri],
+    ):
+        refused = error_of(call(*arguments))
+        assert refused.code is ExitCode.CONFIG
+        assert nobody in refused.message
+    with pytest.raises(TrainyardError, match=nobody):
+        build_request(nobody, {})
 
 
 def test_a_folder_that_is_no_store_is_told_as_such(uri: str, tmp_path: Path) -> None:
