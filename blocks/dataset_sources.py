@@ -146,11 +146,11 @@ def _checked_later(dataset: str, version: str, images: int, store: StoreChoice, 
 # --- While a run is open -------------------------------------------------------------------------------
 
 
-def pin(ref: DatasetRef, request: TrainRequest, run_id: str) -> None:
+def pin(ref: DatasetRef, request: TrainRequest, run_id: str, say: Callable[[str], None] | None = None) -> None:
     """No collection takes the version away before the run can be over, wherever that collection runs."""
     assert ref.store_uri is not None
     days = SPARE_DAYS + request.max_attempts * request.max_runtime_seconds / 86_400
-    pin_version(open_store(ref.store_uri), ref.store_uri, run_id, ref.version, days)
+    pin_version(open_store(ref.store_uri), ref.store_uri, run_id, ref.version, days, say)
 
 
 def unpin(ref: DatasetRef, run_id: str) -> None:

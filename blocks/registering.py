@@ -98,7 +98,7 @@ def register_uri(
             store = open_store(store_uri)
             with Lease(store, name) as lease:
                 lease.confirm()
-                generation = settled_generation(store, store_uri, lease.store_time)
+                generation = settled_generation(store, store_uri, lease.store_time, say)
                 sent = add_labels(tree, folder, store_uri, labels_name(name), say) if folder else 0
                 ref, changed, sent_manifest = commit(tree, store, store_uri, name, data_uri)
                 check_generation(store, store_uri, generation)

@@ -153,7 +153,7 @@ class _Stager:
             return ref
         self.cache.set("dirty", "1")
         self.lease.confirm()
-        self.cache.set("generation", settled_generation(self.store, self.uri, self.lease.store_time))
+        self.cache.set("generation", settled_generation(self.store, self.uri, self.lease.store_time, self.silence.tell))
         if again:
             self._compare(ref)
             return None
