@@ -1,7 +1,8 @@
 """Brings a staged dataset version to a folder: ranges in parallel, every file's sha256 compared, taken up again after a cut.
 
 Files are written into ``<folder>.partial-<version>`` and renamed once all are there, so the folder is whole or absent.
-What a fetch that was cut left there is compared again and kept where it is right; a large file goes on from its last byte.
+What a fetch that was cut left there is compared again and kept where it is right; a large file goes on from its last byte. So is what
+one of another version left, unless files lie in place: what came of those is not compared.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from trainer.packs import (
     merge_manifests,
     open_manifest,
 )
+from trainer.partial_folders import choose_partial, remove_partials
 from trainer.ranges import RangeReader
 from trainer.silence import SilenceWatch
 from trainer.storage import PATIENCE, folders_told_plainly, open_store, told_plainly
@@ -161,7 +163,7 @@ def fetch_version(
                 folder = to
             else:
                 _refuse_irreplaceable(to, version)
-                folder = to.with_name(f"{to.name}.partial-{version[:12]}")
+                folder = choose_partial(to, version, lambda: read_version(store, version)[1])
             if repair:
                 repair(header)
             with SilenceWatch(on_silence, PATIENCE.total_seconds()) as silence:
@@ -169,6 +171,7 @@ def fetch_version(
                 got, state = fetch.run(files, to.with_name(f"{to.name}.index"), with_state=verified is not None)
             if folder != to:
                 folder.rename(to)  # an empty one makes way
+                remove_partials(to)
             if verified is not None:
                 remember(verified, state)
             return got

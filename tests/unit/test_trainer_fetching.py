@@ -108,6 +108,21 @@ def test_a_copy_that_is_there_is_not_fetched_again(store: Path, tmp_path: Path, 
     assert read_tree(tmp_path / "copy") == {**SMALL, "large": LARGE, "large too": LARGE}
 
 
+def test_what_a_fetch_of_another_version_left_is_gone_on_with(store: Path, tmp_path: Path, reads: list[tuple[str, int, int]]) -> None:
+    """A name may mean a newer version when a fetch that was cut is repeated."""
+    old, older = (partial(tmp_path / "copy", letter * 64) for letter in "ab")
+    write(old / "large", LARGE)
+    write(old / "gone.txt", b"of the older version")
+    write(old / "a/1.txt", b"two")
+    write(older / "large", LARGE[1:])
+    os.utime(older, (1e9, 1e9))
+    write(tmp_path / "copy.partial-of mine/1", b"nobody else's")
+    fetch_version(str(store), write_store(store, SMALL, {"large": LARGE}), tmp_path / "copy")
+    assert read_tree(tmp_path / "copy") == {**SMALL, "large": LARGE}
+    assert [key for key, _, _ in reads if key.startswith("files/")] == [], "the large file was there"
+    assert left(tmp_path) == ["copy", "copy.partial-of mine"]
+
+
 def test_what_is_not_of_the_version_does_not_come_along(store: Path, tmp_path: Path) -> None:
     version = write_store(store, SMALL)
     folder = partial(tmp_path / "copy", version)
