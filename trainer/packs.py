@@ -23,6 +23,7 @@ import hashlib
 import heapq
 import io
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 from typing import IO, Any, NamedTuple
@@ -43,6 +44,8 @@ MAX_MANIFEST_BYTES = 512 * 2**20  # as stored, those below included; a million f
 MAX_NUMBER = 2**63
 LINES_AT_ONCE = 1024
 END = bytes(2 * BLOCK)
+# What gzip and JSON raise for bytes that are none: zlib.error within the stream, RecursionError for lists in lists in lists.
+UNREADABLE = (OSError, EOFError, ValueError, zlib.error, RecursionError)
 READABLE_SCHEMA = 2  # 2: has files in place
 STAGE_AGAIN = "send it anew from its folder: trainyard dataset stage PATH --name NAME --store STORE --again"
 
@@ -224,7 +227,7 @@ def open_manifest(data: bytes | IO[bytes], version: str) -> tuple[ManifestHeader
     stream = gzip.GzipFile(fileobj=io.BytesIO(data) if isinstance(data, bytes) else data)
     try:
         header = ManifestHeader.from_json(_read_line(stream, MAX_HEADER_BYTES))
-    except (OSError, EOFError, ValueError) as exc:
+    except UNREADABLE as exc:
         raise _damaged(version, str(exc)) from exc
     if not all(SHA256.fullmatch(name) for name in (*header.packs, header.base or version)):
         raise _damaged(version, "it names a pack or base by what is no sha256")
@@ -261,7 +264,7 @@ def _read_files(stream: gzip.GzipFile, header: ManifestHeader) -> Iterator[Stage
                 raise ValueError(f"no sha256 for {path[:200]!r}")
             in_place = InPlace(header.sources[-2 - pack], *map(check_path, place)) if place else None
             yield StagedFile(path, sha256, size, header.packs[pack] if pack >= 0 else "", offset, in_place)
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, LookupError) as exc:
+    except (*UNREADABLE, TypeError, AttributeError, LookupError) as exc:
         raise _damaged(header.version, str(exc)) from exc
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, strategies as st
 from trainer.contract import TrainerError
 from trainer.packs import (
     END,
+    DamagedManifest,
     ManifestHeader,
     StagedFile,
     VersionHash,
@@ -124,6 +125,27 @@ def test_hostile_lines_are_refused(lines: list[Any], why: str) -> None:
 def test_what_is_no_manifest_of_the_version_is_refused(data: bytes) -> None:
     with pytest.raises(TrainerError, match="damaged"):
         list(open_manifest(data, VERSION)[1])
+
+
+def test_a_byte_that_rotted_anywhere_in_a_manifest_is_told_as_damage() -> None:
+    """Most lie within what is compressed, where gzip passes on what zlib raises."""
+    out = io.BytesIO()
+    write_manifest(out, header(), [staged(f"{number:03d}.jpg") for number in range(20)])
+    whole = out.getvalue()
+    for place in range(10, len(whole)):  # behind gzip's header, which says nothing of the content
+        with pytest.raises(DamagedManifest):
+            list(open_manifest(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :], VERSION)[1])
+
+
+NESTED = "[" * 16_000
+
+
+@pytest.mark.parametrize(
+    "lines", [f'{{"unknown": {NESTED}', msgspec.json.encode(header()).decode() + "\n" + NESTED], ids=["header", "line"]
+)
+def test_lists_in_lists_without_end_are_told_as_damage(lines: str) -> None:
+    with pytest.raises(DamagedManifest):
+        list(open_manifest(gzip.compress(lines.encode()), VERSION)[1])
 
 
 def test_a_manifest_that_lists_more_than_it_promises_is_refused_before_it_is_through() -> None:
