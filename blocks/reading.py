@@ -48,10 +48,10 @@ def read_file(full: str, path: str, most: int = MEMORY_BYTES) -> Read:
                 raise changed_error(full)
             return Read(path, found, digest, None)
         content = read_all(descriptor, found.size)
+        if len(content) != found.size or stat_of(os.fstat(descriptor)) != found:
+            raise changed_error(full)
     finally:
         os.close(descriptor)
-    if len(content) != found.size:
-        raise changed_error(full)
     return Read(path, found, hashlib.sha256(content).digest(), content)
 
 

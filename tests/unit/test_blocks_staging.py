@@ -15,7 +15,7 @@ from queue import Queue
 import pytest
 
 from blocks.counting import Counts
-from blocks.reading import TAKE_BYTES, Read, read_file, take_read
+from blocks.reading import TAKE_BYTES, Read, read_all, read_file, take_read
 from blocks.scanning import Stat
 from blocks.sending import put_file
 from blocks.staging import stage_folder
@@ -140,6 +140,22 @@ def test_how_much_there_is_in_all_is_counted_for_whoever_watches(tmp_path: Path,
 def test_a_file_that_vanishes_before_it_is_read_is_told_as_gone(tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match="vanished while the folder was staged"):
         read_file(str(tmp_path / "gone.jpg"), "gone.jpg")
+
+
+def test_a_file_that_is_rewritten_in_place_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is as long as it was: what was read may be half of each."""
+    file = tmp_path / "label.txt"
+    file.write_bytes(b"before")
+    os.utime(file, (1e9, 1e9))
+
+    def torn(descriptor: int, size: int) -> bytes:
+        content = os.read(descriptor, size // 2)
+        file.write_bytes(b"behind")
+        return content + read_all(descriptor, size - len(content))
+
+    monkeypatch.setattr("blocks.reading.read_all", torn)
+    with pytest.raises(TrainerError, match="changed while it was staged"):
+        read_file(str(file), file.name)
 
 
 # --- A store that is not as the cache remembers it -------------------------------------------------------
