@@ -248,7 +248,7 @@ class _Stager:
                 continue
             known.add(read.digest)
             self.uploader.add(read)
-        self.cache.add_seen((read.path, read.stat, read.digest) for read in found)
+        self.cache.add_seen((read.path, read.stat, read.digest, read.began_ns) for read in found)
         self.tell()
 
     def _ask_others(self) -> None:

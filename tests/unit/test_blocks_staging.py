@@ -27,7 +27,7 @@ from trainer.verifying import verify_version
 
 def done(*paths: str) -> Future[list[Read]]:
     future = Future[list[Read]]()
-    future.set_result([Read(path, Stat(1, 2, 3, 4), b"digest", b"x") for path in paths])
+    future.set_result([Read(path, Stat(1, 2, 3, 4), b"digest", b"x", 5) for path in paths])
     return future
 
 
@@ -156,6 +156,25 @@ def test_a_file_that_is_rewritten_in_place_while_it_is_read_is_refused(tmp_path:
     monkeypatch.setattr("blocks.reading.read_all", torn)
     with pytest.raises(TrainerError, match="changed while it was staged"):
         read_file(str(file), file.name)
+
+
+def test_a_file_written_just_before_it_was_read_is_read_again_however_long_it_waited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has been read waits for the store: by then the file looks old, but one more write in the same tick would not show."""
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/a.txt").write_bytes(b"written just now")
+    now = time.time_ns
+
+    def late(ahead: deque[tuple[Future[list[Read]] | str, int]]) -> tuple[list[Read] | str, int]:
+        taken = take_read(ahead)
+        monkeypatch.setattr(time, "time_ns", lambda: now() + 60 * 10**9)
+        return taken
+
+    monkeypatch.setattr("blocks.staging.take_read", late)
+    for _ in range(2):
+        assert stage_folder(tmp_path / "set", str(tmp_path / "store")).changed_files == 1
 
 
 # --- A store that is not as the cache remembers it -------------------------------------------------------
