@@ -21,6 +21,7 @@ from blocks.sending import put_file
 from blocks.staging import stage_folder
 from blocks.stat_cache import StatCache
 from trainer.errors import TrainerError
+from trainer.packs import BLOCK
 from trainer.storage import open_store
 from trainer.verifying import verify_version
 
@@ -223,6 +224,54 @@ def test_a_store_that_has_the_same_version_and_other_packs_gets_what_it_lacks(
     assert again.version == second.version
     assert verify_version(str(store), again.version).files == 20
     assert stage_folder(root, str(store)).changed_files == 0
+
+
+def damage_first_file(pack: Path) -> None:
+    content = pack.read_bytes()
+    pack.write_bytes(content[:BLOCK] + bytes([content[BLOCK] ^ 1]) + content[BLOCK + 1 :])
+
+
+@pytest.mark.parametrize("mended_from", ["this home", "another home"])
+def test_a_version_that_lies_in_a_damaged_pack_names_what_was_sent_anew_once_it_is_staged_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mended_from: str
+) -> None:
+    """As a training stages some files of a folder, and the mend that is hinted at stages all: another version, and another pack."""
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+    root, store = tmp_path / "set", tmp_path / "store"
+    write_numbers(root, range(20))
+    wanted = sorted(path.name for path in root.iterdir())
+    (root / "notes.txt").write_bytes(b"nobody trains on this")
+    used = stage_folder(root, str(store), only=wanted)
+    [pack] = store.rglob("*.tar")
+    damage_first_file(pack)
+    with monkeypatch.context() as elsewhere:
+        if mended_from == "another home":
+            elsewhere.setenv("TRAINYARD_HOME", str(tmp_path / "other home"))
+        assert stage_folder(root, str(store), again=True).files == 21
+    assert stage_folder(root, str(store), only=wanted).version == used.version
+    assert verify_version(str(store), used.version).files == 20
+
+
+def test_a_manifest_that_was_mended_from_another_home_is_kept_and_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This home remembers of the version the pack that is damaged since."""
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+    root, store = tmp_path / "set", tmp_path / "store"
+    write_numbers(root, range(20))
+    first = stage_folder(root, str(store))
+    [pack] = store.rglob("*.tar")
+    write_numbers(root, range(100, 120))
+    stage_folder(root, str(store))
+    damage_first_file(pack)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TRAINYARD_HOME", str(tmp_path / "other home"))
+        elsewhere.setattr("blocks.uploads.PACK_BYTES", 2000)
+        for numbers in (range(20), range(100, 120)):
+            write_numbers(root, numbers)
+            stage_folder(root, str(store), again=numbers.start == 0)
+    for numbers in ([*range(20)], [*range(10), *range(200, 210)]):
+        write_numbers(root, numbers)
+        assert verify_version(str(store), stage_folder(root, str(store)).version).files == 20
+    assert verify_version(str(store), first.version).files == 20
 
 
 def damage_page(path: Path, content: bytes) -> None:
