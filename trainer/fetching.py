@@ -53,6 +53,7 @@ LOOK_FILES = 1000
 MIB = 2**20
 
 Progress = Callable[[int, int], None]
+MakeRoom = Callable[[ManifestHeader, int], None]
 
 
 @dataclass(frozen=True)
@@ -131,14 +132,15 @@ def fetch_version(
     *,
     on_wait: Callable[[str], None] | None = None,
     on_silence: Callable[[str], None] | None = None,
-    repair: Callable[[ManifestHeader], None] | None = None,
+    repair: MakeRoom | None = None,
     verified: Path | None = None,
 ) -> Fetched:
     """Makes `to` the files of a version. Nothing is fetched where it is there already.
 
     `on_progress` gets bytes done and bytes in all; `on_wait` is told who fetches to there already; `on_silence` hears, from
     another thread, that the store does not answer. With `repair`, a folder that lacks files is filled where it is, else it is
-    refused; it gets the header before anything is written. `verified` is where it is remembered what was verified: `to` is read
+    refused; before a file is written it gets the header, which the manifest's lines bear out by then, and the bytes that the disk
+    lacks, and may free some. `verified` is where it is remembered what was verified: `to` is read
     again where it is not as it was then.
     Raises TrainerError: NOT_FOUND, DATA (damaged or hostile), DISK_FULL, OCCUPIED (`to` holds something else, or cannot be
     replaced), CONFIG (a file system that takes two names for one), PERMISSION and UNAVAILABLE from the store.
@@ -164,11 +166,9 @@ def fetch_version(
             else:
                 _refuse_irreplaceable(to, version)
                 folder = choose_partial(to, version, lambda: read_version(store, version)[1])
-            if repair:
-                repair(header)
             with SilenceWatch(on_silence, PATIENCE.total_seconds()) as silence:
                 fetch = _Fetch(store_uri, header, folder, on_progress, silence, repair=folder == to)
-                got, state = fetch.run(files, to.with_name(f"{to.name}.index"), with_state=verified is not None)
+                got, state = fetch.run(files, to.with_name(f"{to.name}.index"), repair, with_state=verified is not None)
             if folder != to:
                 folder.rename(to)  # an empty one makes way
                 remove_partials(to)
@@ -192,6 +192,10 @@ def _refuse_irreplaceable(to: Path, version: str) -> None:
         if exc.errno != errno.EBUSY:
             raise
         raise TrainerError(f"something is mounted at {to}, so it cannot be replaced", hint=hint, code=ExitCode.OCCUPIED) from exc
+
+
+def _free_bytes(found: os.statvfs_result) -> int:
+    return found.f_bavail * found.f_frsize
 
 
 class Count:
@@ -233,13 +237,13 @@ class _Fetch:
         self.reader = RangeReader(open_store(store_uri, "fetch"), silence)
         self.count = Count(header.bytes, on_progress)
 
-    def run(self, files: Iterator[StagedFile], index_path: Path, *, with_state: bool) -> tuple[Fetched, str]:
+    def run(self, files: Iterator[StagedFile], index_path: Path, make_room: MakeRoom | None, *, with_state: bool) -> tuple[Fetched, str]:
         """What was fetched and, if it is wanted, the state of the folder then."""
         header = self.header
         with open_root(self.folder) as root:
             self._refuse_full(root, header.files * INDEX_BYTES, 0)
             with contextlib.closing(FetchIndex(index_path)) as index:
-                self._plan(files, index, root)
+                self._plan(files, index, root, make_room)
                 rules = probe_names(root)
                 if any(rules):
                     index.refuse_collisions(rules)
@@ -252,8 +256,11 @@ class _Fetch:
                     state = read_state(tree, header.version, index.paths()) if with_state else ""
         return Fetched(header.version, header.files, header.bytes, self.count.fetched_files, self.count.fetched_bytes), state
 
-    def _plan(self, files: Iterator[StagedFile], index: FetchIndex, root: int) -> None:
-        """Fills the index. Refuses what does not fit as soon as that shows, since the index takes of the same disk."""
+    def _plan(self, files: Iterator[StagedFile], index: FetchIndex, root: int, make_room: MakeRoom | None) -> None:
+        """Fills the index. Refuses what does not fit as soon as that shows, since the index takes of the same disk.
+
+        Where room can be made, that shows at the end only: until then the index leaves as much as it takes.
+        """
 
         def has_folder(path: str) -> bool:
             if not self.resumed:
@@ -270,15 +277,17 @@ class _Fetch:
                 for number, file in enumerate(files):
                     needs.add(file.path, file.size, tree.size(file.path) if self.resumed else None)
                     if number % LOOK_FILES == 0:
-                        self._refuse_full(root, needs.bytes, needs.entries)
+                        self._refuse_full(root, *((index.path.stat().st_size, 0) if make_room else (needs.bytes, needs.entries)))
                     yield file
 
         index.fill(planned())
+        if make_room:
+            make_room(self.header, max(0, needs.bytes - _free_bytes(os.fstatvfs(root))))
         self._refuse_full(root, needs.bytes, needs.entries)
 
     def _refuse_full(self, root: int, needed: int, files: int) -> None:
         found = os.fstatvfs(root)
-        free = found.f_bavail * found.f_frsize
+        free = _free_bytes(found)
         hint = "free some space, or choose another folder"
         if needed > free:
             message = f"the disk is full at {self.folder}: {needed / MIB:.0f} MiB needed, {free / MIB:.0f} MiB are free"

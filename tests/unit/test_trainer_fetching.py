@@ -160,7 +160,7 @@ def test_a_file_that_was_damaged_since_is_found_though_its_size_is_right(store: 
             fetch_version(str(store), version, to, verified=memory)
         assert refused.value.code is ExitCode.OCCUPIED
     assert (to / name).read_bytes() == damaged
-    assert fetch_version(str(store), version, to, verified=verified, repair=lambda _: None).fetched_files == 1
+    assert fetch_version(str(store), version, to, verified=verified, repair=lambda *_: None).fetched_files == 1
     assert read_tree(to) == {**SMALL, "large": LARGE}
     assert fetch_version(str(store), version, to).fetched_files == 0
 
