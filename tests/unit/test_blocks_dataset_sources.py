@@ -121,6 +121,20 @@ def test_a_link_out_of_the_folder_is_refused_and_not_followed(tmp_path: Path) ->
         stage_index(check_dataset(root), StoreChoice((tmp_path / "store").as_uri()), "")
 
 
+@pytest.mark.parametrize("elsewhere", ["elsewhere", "cells/within"])
+def test_a_link_to_a_folder_is_followed_within_the_root_only(tmp_path: Path, elsewhere: str) -> None:
+    root = make_cells(tmp_path)
+    (root / "images").rename(tmp_path / elsewhere)
+    (root / "images").symlink_to(tmp_path / elsewhere)
+    index, store = check_dataset(root), StoreChoice((tmp_path / "store").as_uri())
+    if elsewhere == "cells/within":
+        assert stage_index(index, store, "")[1].version == index.version
+        return
+    with pytest.raises(TrainerError, match="lies behind a link that leads out of the folder") as refused:
+        stage_index(index, store, "")
+    assert refused.value.code is ExitCode.DATA
+
+
 def test_images_of_a_set_that_nobody_has_checked_are_counted_without_labels(tmp_path: Path) -> None:
     """``image_count`` of what lies staged, and of what is registered."""
     root, store = make_cells(tmp_path), (tmp_path / "store").as_uri()
