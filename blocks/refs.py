@@ -172,11 +172,6 @@ def read_refs(store: ObjectStore, uri: str) -> Refs:
     return refs
 
 
-def list_refs(store: ObjectStore, uri: str) -> dict[str, Ref]:
-    """Those that can be read."""
-    return read_refs(store, uri).whole
-
-
 class OtherRef(NamedTuple):
     """``tag`` tells this state of the ref from the next."""
 

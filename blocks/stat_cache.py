@@ -174,9 +174,6 @@ class StatCache:
         self.writer.execute("INSERT OR IGNORE INTO gone SELECT path FROM seen WHERE path = ? AND staged IS NOT NULL", (path,))
         self.writer.execute("DELETE FROM seen WHERE path = ?", (path,))
 
-    def find_placed(self, digest: bytes) -> tuple[str, int] | None:
-        return self.writer.execute("SELECT pack, offset FROM placed WHERE sha256 = ?", (digest,)).fetchone()
-
     def find_placed_among(self, digests: list[bytes]) -> set[bytes]:
         marks = ", ".join("?" * len(digests))
         return {row[0] for row in self.writer.execute(f"SELECT sha256 FROM placed WHERE sha256 IN ({marks})", digests)}  # noqa: S608

@@ -146,11 +146,6 @@ def padding(size: int) -> bytes:
     return bytes(-size % BLOCK)
 
 
-def packed_bytes(size: int) -> int:
-    """What a file of `size` bytes takes in a pack."""
-    return BLOCK + size + -size % BLOCK
-
-
 def pack_id(files: Iterable[tuple[bytes, int]]) -> str:
     """The id of a pack that holds files of these digests and sizes in this order."""
     total = hashlib.sha256(b"trainyard-pack-1\0")
@@ -309,14 +304,3 @@ def check_version(header: ManifestHeader, files: Iterable[StagedFile]) -> Iterat
         yield file
     if (seen.hexdigest(), seen.files, seen.bytes) != (header.version, header.files, header.bytes):
         raise _damaged(header.version, "its files are not those of the version")
-
-
-def merge_ranges(ranges: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
-    """Half-open byte ranges joined where less than `gap` bytes lie between them."""
-    joined: list[tuple[int, int]] = []
-    for start, end in sorted(ranges):
-        if joined and start - joined[-1][1] < gap:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-        else:
-            joined.append((start, end))
-    return joined

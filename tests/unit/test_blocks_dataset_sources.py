@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from blocks.dataset_sources import StoreChoice, choose_store, dataset_name, find_staged, register, split_staged, stage_index
 from blocks.job import TrainRequest
-from blocks.refs import list_refs
+from blocks.refs import read_refs
 from blocks.staging import stage_folder
 from tests.datasets import yolo
 from trainer.contract import DatasetCheck, ExitCode, TrainerError
@@ -94,7 +94,7 @@ def test_only_what_a_training_uses_is_staged_under_the_version_of_the_check(tmp_
     ref, staged = stage_index(index, store, "file:///runs/r/dataset.json")
     assert (ref.version, ref.store_uri, ref.check) == (index.version, store.uri, None)
     assert staged.files == len(index.images) + len(index.label_files)
-    assert list(list_refs(open_store(store.uri), store.uri)) == ["cells.used"]
+    assert list(read_refs(open_store(store.uri), store.uri).whole) == ["cells.used"]
     fetch_version(store.uri, ref.version, tmp_path / "copy")
     assert not (tmp_path / "copy/notes.txt").exists()
     assert check_dataset(tmp_path / "copy").version == index.version

@@ -21,7 +21,6 @@ from trainer.packs import (
     check_path,
     check_version,
     merge_manifests,
-    merge_ranges,
     open_manifest,
     pack_id,
     padding,
@@ -186,9 +185,3 @@ def test_the_version_is_the_one_of_the_dataset_index() -> None:
     for path in ("a", "a-b", "a/b"):
         total.add(path, digest(path), 1)
     assert total.hexdigest() == dataset_version((path, digest(path).hex()) for path in ("a/b", "a", "a-b"))
-
-
-def test_ranges_are_joined_over_small_gaps() -> None:
-    assert merge_ranges([(0, 10), (12, 20), (100, 110)], gap=5) == [(0, 20), (100, 110)]
-    assert merge_ranges([(5, 6), (0, 10)], gap=1) == [(0, 10)]
-    assert merge_ranges([], gap=5) == []
