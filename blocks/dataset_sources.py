@@ -12,7 +12,7 @@ from blocks.garbage import pin_version, unpin_version
 from blocks.job import TrainRequest
 from blocks.label_matching import is_image
 from blocks.places import home
-from blocks.refs import NAME, find_version
+from blocks.refs import choose_name, find_version
 from blocks.registering import Registered, register_uri
 from blocks.staging import OnCounts, Staged, stage_folder
 from trainer.contract import DatasetCheck, DatasetRef, ExitCode, TrainerError
@@ -72,7 +72,7 @@ def stage_index(
     Raises what `stage_folder` raises, and TrainerError (DATA) where the files are not what they were when they were checked.
     """
     paths = sorted({file.path for file in (*index.images, *index.label_files)})
-    name = f"{index.name[:80]}{SUFFIX}" if NAME.fullmatch(index.name[:80]) else f"dataset{SUFFIX}"
+    name = f"{choose_name(index.name, 80)}{SUFFIX}"
     staged = stage_folder(Path(index.root), store.uri, name, on_counts, only=paths, on_silence=on_silence)
     if staged.version != index.version:
         raise TrainerError(
@@ -146,11 +146,11 @@ def _checked_later(dataset: str, version: str, images: int, store: StoreChoice, 
 # --- While a run is open -------------------------------------------------------------------------------
 
 
-def pin(ref: DatasetRef, request: TrainRequest, run_id: str) -> None:
+def pin(ref: DatasetRef, request: TrainRequest, run_id: str, say: Callable[[str], None] | None = None) -> None:
     """No collection takes the version away before the run can be over, wherever that collection runs."""
     assert ref.store_uri is not None
     days = SPARE_DAYS + request.max_attempts * request.max_runtime_seconds / 86_400
-    pin_version(open_store(ref.store_uri), ref.store_uri, run_id, ref.version, days)
+    pin_version(open_store(ref.store_uri), ref.store_uri, run_id, ref.version, days, say)
 
 
 def unpin(ref: DatasetRef, run_id: str) -> None:

@@ -37,7 +37,7 @@ The clocks of machines play no part: ages are differences of the store's own tim
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
@@ -121,9 +121,10 @@ def pin_key(run_id: str) -> str:
     return f"pins/{run_id}.json"
 
 
-def pin_version(store: ObjectStore, uri: str, run_id: str, version: str, days: float) -> None:
+def pin_version(store: ObjectStore, uri: str, run_id: str, version: str, days: float, on_wait: Callable[[str], None] | None = None) -> None:
     """Keeps the version for a run for so many days from now; to pin it again begins them anew.
 
+    `on_wait` is told of a collection that is waited for.
     Raises TrainerError (NOT_FOUND) for a version that the store does not have, or not any more.
     """
     import obstore
@@ -133,7 +134,7 @@ def pin_version(store: ObjectStore, uri: str, run_id: str, version: str, days: f
     with told_plainly(uri):
         obstore.put(store, pin_key(run_id), pin.to_json())
         # A collection that has not seen the pin may be under way. It deletes manifests first: what has one afterwards is whole.
-        settled_generation(store, uri)
+        settled_generation(store, uri, on_wait=on_wait)
         try:
             obstore.head(store, manifest_key(version))
         except FileNotFoundError as exc:

@@ -10,6 +10,7 @@ import json
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AwareDatetime, BaseModel, Field, JsonValue, model_validator
 
@@ -22,9 +23,11 @@ from trainer.contract import (
     SplitConfig,
     StoredRecord,
     TrainConfig,
+    TrainerError,
     UserInput,
     utc_now,
 )
+from trainer.locations import refuse_secrets
 
 
 class JobState(StrEnum):
@@ -110,6 +113,19 @@ class TrainRequest(UserInput):
     output: str | None = form_field("Output", "Folder or bucket URI that keeps the runs. Empty: the profile's.", default=None)
     project: str | None = form_field("Project", "Label in reports and on the provider's bill.", default=None, max_length=63)
     cost_centre: str | None = form_field("Cost centre", "Label in reports and on the provider's bill.", default=None, max_length=63)
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> Self:
+        """Before it is recorded, sent to Prefect or shown. An error of the whole value shows nothing of it."""
+        for name in ("dataset", "store", "output"):
+            value = getattr(self, name) or ""
+            try:
+                refuse_secrets(value)
+            except TrainerError as exc:
+                raise ValueError(f"{name}: {exc}") from None
+            if "://" in value and urlsplit(value).query:
+                raise ValueError(f"{name}: what follows the ? of a URI is not used, and not shown: it may be a signature")
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

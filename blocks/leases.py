@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 MARK_KEY = "gc.json"
 RENEW_SECONDS = 60.0
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 1.0  # between two looks whether a collection has ended, at first
+LOOK_GROWTH, MOST_LOOK_SECONDS = 1.5, 15.0  # one that was killed is waited for by three requests a look
+TELL_SECONDS = 5.0  # most collections have ended by then
 DEAD_AFTER = timedelta(minutes=10)  # of a lease, and of the mark of a collection that deletes
 TRIES = 5
 DELETE_SECONDS = 300.0  # so long a collection deletes by what it has found; less than others wait for it, retries included
@@ -53,6 +55,7 @@ class CollectionMark(StoreRecord, frozen=True, kw_only=True):
 
     generation: str
     deleting: bool
+    host: str = ""  # for people
     started_at: AwareTime = msgspec.field(default_factory=utc_now)
 
 
@@ -208,19 +211,29 @@ def until_unchanged(work: Callable[[], Done], uri: str) -> Done:
     raise TrainerError(message, hint="stage again", code=ExitCode.UNAVAILABLE)
 
 
-def settled_generation(store: ObjectStore, uri: str, clock: Callable[[], datetime] | None = None) -> str:
+def settled_generation(
+    store: ObjectStore, uri: str, clock: Callable[[], datetime] | None = None, on_wait: Callable[[str], None] | None = None
+) -> str:
     """The generation, once no collection deletes any more: a listing made after this is true until the next one.
 
-    `clock` asks the store what time it is; without one an object is written for that.
+    `clock` asks the store what time it is; without one an object is written for that. `on_wait` is told who is waited for, and how long.
     """
     clock = clock or (lambda: _store_time(store))
+    pause, waited, told = LOOK_SECONDS, 0.0, False
     while True:
         mark, _, written = read_mark(store, uri)
         if mark is None or written is None:
             return ""
-        if not mark.deleting or clock() - written > DEAD_AFTER:
+        if not mark.deleting or (left := DEAD_AFTER - (clock() - written)) < timedelta(0):
             return mark.generation
-        time.sleep(LOOK_SECONDS)
+        if on_wait is not None and not told and waited >= TELL_SECONDS:
+            told = True
+            whose = f"of {mark.host}, begun at {mark.started_at:%H:%M} UTC" if mark.host else f"begun at {mark.started_at:%H:%M} UTC"
+            on_wait(f"waiting for the garbage collection {whose}: until it ends, or {left.total_seconds():.0f} s if its process is dead")
+        pause = min(pause, left.total_seconds() + LOOK_SECONDS)
+        time.sleep(pause)
+        waited += pause
+        pause = min(pause * LOOK_GROWTH, MOST_LOOK_SECONDS)
 
 
 class Collection:
@@ -231,7 +244,7 @@ class Collection:
         import obstore
 
         self._store, self._uri = store, uri
-        self._mark = CollectionMark(generation=secrets.token_hex(8), deleting=True)
+        self._mark = CollectionMark(generation=secrets.token_hex(8), deleting=True, host=socket.gethostname())
         stored, tag, written = read_mark(store, uri)
         # Before the mark is written: a process that is stopped in between has less time, not more.
         self._started, self._started_monotonic = time.time(), time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections import deque
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,10 +19,13 @@ TAKE_BYTES = 4 * 2**20
 
 
 class Read(NamedTuple):
+    """``began_ns`` is the time before the first byte was read: the file may have been written until then."""
+
     path: str
     stat: Stat
     digest: bytes
     content: bytes | None  # None: too large to hold
+    began_ns: int
 
 
 def read_files(root: Path, paths: list[str], most: int = MEMORY_BYTES) -> list[Read]:
@@ -40,19 +44,20 @@ def read_file(full: str, path: str, most: int = MEMORY_BYTES) -> Read:
     except FileNotFoundError as exc:
         raise vanished_error(full) from exc
     try:
+        began_ns = time.time_ns()
         found = stat_of(os.fstat(descriptor))
         if found.size > most:
             with os.fdopen(os.dup(descriptor), "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").digest()
             if stat_of(os.fstat(descriptor)) != found:
                 raise changed_error(full)
-            return Read(path, found, digest, None)
+            return Read(path, found, digest, None, began_ns)
         content = read_all(descriptor, found.size)
+        if len(content) != found.size or stat_of(os.fstat(descriptor)) != found:
+            raise changed_error(full)
     finally:
         os.close(descriptor)
-    if len(content) != found.size:
-        raise changed_error(full)
-    return Read(path, found, hashlib.sha256(content).digest(), content)
+    return Read(path, found, hashlib.sha256(content).digest(), content, began_ns)
 
 
 def read_all(descriptor: int, size: int) -> bytes:

@@ -6,6 +6,7 @@ import random
 import re
 import shlex
 import time
+import unicodedata
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -54,6 +55,12 @@ def ref_key(name: str) -> str:
             f"{name!r} is no name of a dataset", hint="use letters, digits, . _ + - and spaces (--name)", code=ExitCode.CONFIG
         )
     return f"refs/{name}.json"
+
+
+def choose_name(said: str, most: int = MAX_NAME) -> str:
+    """The name of a dataset that was given none: that of its folder, with a dash for what no name may have. At most so many characters."""
+    text = re.sub(r"[^\w .+-]+", "-", unicodedata.normalize("NFC", said))[:most]
+    return re.sub(r"^\W+", "", text) or "dataset"
 
 
 def read_ref(store: ObjectStore, uri: str, name: str, *, mend: bool = False) -> tuple[Ref | None, UpdateVersion | None]:
@@ -123,18 +130,20 @@ def delete_ref(store: ObjectStore, uri: str, name: str) -> None:
     try:
         obstore.head(store, key)
     except FileNotFoundError as exc:
-        hint = f"trainyard dataset list --store {uri}"
+        hint = f"trainyard dataset list --store {shlex.quote(uri)}"
         raise TrainerError(f"{uri} has no dataset {name!r}", hint=hint, code=ExitCode.NOT_FOUND) from exc
     obstore.delete(store, key)
 
 
 def list_names(store: ObjectStore) -> list[str]:
+    """Of what has the name of a ref: other files may lie there, such as the ``._cells.json`` that macOS leaves beside one."""
     return sorted(name for path in list_paths(store, "refs") if (name := _name_of(path)))
 
 
 def _name_of(key: str) -> str:
-    """The dataset whose ref it is; empty for what is none."""
-    return key.removeprefix("refs/").removesuffix(".json") if key.endswith(".json") else ""
+    """The dataset whose ref it is; empty for what is none. Also of a ref whose accents a file system has taken apart, as HFS+ does."""
+    name = key.removeprefix("refs/").removesuffix(".json")
+    return name if key.endswith(".json") and NAME.fullmatch(unicodedata.normalize("NFC", name)) else ""
 
 
 def _name_datasets(store: ObjectStore) -> str:
@@ -161,11 +170,6 @@ def read_refs(store: ObjectStore, uri: str) -> Refs:
         if ref is not None:
             refs.whole[name] = ref
     return refs
-
-
-def list_refs(store: ObjectStore, uri: str) -> dict[str, Ref]:
-    """Those that can be read."""
-    return read_refs(store, uri).whole
 
 
 class OtherRef(NamedTuple):
@@ -202,7 +206,7 @@ def resolve_version(store: ObjectStore, uri: str, wanted: str) -> str:
     found = {path.removeprefix("manifests/").split(".")[0] for path in list_paths(store, "manifests")}
     matching = sorted(version for version in found if version.startswith(wanted.lower()))
     if not matching or len(wanted) < 4:
-        hint = f"{_name_datasets(store)}; see them with: trainyard dataset list --store {uri}"
+        hint = f"{_name_datasets(store)}; see them with: trainyard dataset list --store {shlex.quote(uri)}"
         raise TrainerError(f"{uri} has no dataset or version {wanted!r}", hint=hint, code=ExitCode.NOT_FOUND)
     if len(matching) > 1:
         raise TrainerError(f"{wanted!r} is the beginning of {len(matching)} versions", hint="give more of it", code=ExitCode.CONFIG)

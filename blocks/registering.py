@@ -15,18 +15,20 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import unquote
 
 from blocks.joined_tree import JoinedTree
 from blocks.label_matching import CONFIG_SUFFIXES, expected_label, find_format, is_label, labels_prefix, read_coco_names
 from blocks.leases import Lease, check_generation, settled_generation, until_unchanged
 from blocks.listing import add_objects, check_places
 from blocks.reading import read_file
-from blocks.refs import Ref, move_ref, read_ref, ref_key
+from blocks.refs import MAX_NAME, Ref, choose_name, move_ref, read_ref, ref_key
 from blocks.scanning import Scan
 from blocks.sending import list_objects, put_file, put_object
 from blocks.staging import MAX_DEPTH, MAX_SHARE, Staged, stage_folder
 from trainer.contract import ExitCode, TrainerError
 from trainer.fetching import read_version
+from trainer.locations import expand_home
 from trainer.packs import ManifestHeader, StagedFile, file_key, manifest_key, write_manifest
 from trainer.storage import folders_told_plainly, open_store, to_uri, told_plainly
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 SAMPLES = 3
+LABELS = ".labels"  # behind the name of a registered dataset: that of its labels
 
 Say = Callable[[str], None]
 
@@ -72,12 +75,12 @@ def register_uri(
 ) -> Registered:
     """Makes the objects below `data_uri`, with the labels laid over them, the newest version of a dataset in the store.
 
-    `name` is by default the last part of the URI. Raises TrainerError: NOT_FOUND, CONFIG (places), PERMISSION, UNAVAILABLE,
+    `name` is by default made of the last part of the URI. Raises TrainerError: NOT_FOUND, CONFIG (places), PERMISSION, UNAVAILABLE,
     DATA (names; no images; labels that fit none of them).
     """
     started = time.monotonic()
     data_uri, store_uri = to_uri(data_uri), to_uri(store_uri)
-    name = name or data_uri.rpartition("/")[2]
+    name = name or choose_name(unquote(data_uri.rpartition("/")[2]), MAX_NAME - len(LABELS))
     say: Say = on_progress or (lambda _: None)
     check_places(data_uri, store_uri)
     for each in (name, labels_name(name)):
@@ -85,7 +88,7 @@ def register_uri(
     with closing(JoinedTree()) as tree, folders_told_plainly():
         left_out = add_objects(tree, data_uri, store_uri, say)
         images = sum(1 for _ in tree.images())
-        folder = labels.expanduser().absolute() if labels else None
+        folder = expand_home(labels).absolute() if labels else None
         matched = match_labels(tree, folder, data_uri, images) if folder else None
         tree.add_labels_among_files()
         tree.match_labels()
@@ -95,7 +98,7 @@ def register_uri(
             store = open_store(store_uri)
             with Lease(store, name) as lease:
                 lease.confirm()
-                generation = settled_generation(store, store_uri, lease.store_time)
+                generation = settled_generation(store, store_uri, lease.store_time, say)
                 sent = add_labels(tree, folder, store_uri, labels_name(name), say) if folder else 0
                 ref, changed, sent_manifest = commit(tree, store, store_uri, name, data_uri)
                 check_generation(store, store_uri, generation)
@@ -112,7 +115,7 @@ def register_uri(
 
 def labels_name(name: str) -> str:
     """The name under which the labels of a registered dataset are staged."""
-    return f"{name}.labels"
+    return f"{name}{LABELS}"
 
 
 # --- Labels --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from trainer.errors import ExitCode, TrainerError
-from trainer.packs import MAX_NAME_BYTES, check_path
+from trainer.packs import MAX_NAME_BYTES, MAX_PATH_PARTS, check_path
 from trainer.storage import to_path
 
 IGNORE_FILE = ".trainyardignore"
@@ -57,6 +57,7 @@ class Scan:
         if not self.root.is_dir():
             raise TrainerError(f"{self.root} is not a folder", hint="give the folder of the dataset", code=ExitCode.NOT_FOUND)
         self._real = os.path.realpath(self.root)
+        self._within: dict[str, bool] = {}  # folders of wanted paths
         if self.only is not None:
             yield from ((path, self._look_at_wanted(path)) for path in self.only)
             return
@@ -68,6 +69,12 @@ class Scan:
 
     def _look_at_wanted(self, path: str) -> Stat:
         full = f"{self.root}/{path}"
+        folder = path.rpartition("/")[0]
+        if folder not in self._within:
+            self._within[folder] = Path(os.path.realpath(f"{self.root}/{folder}")).is_relative_to(self._real)
+        if not self._within[folder]:
+            message = f"{full} lies behind a link that leads out of the folder"
+            raise TrainerError(message, hint="put the folder itself there, or train without staging", code=ExitCode.DATA)
         try:
             found = self._look(full, path)
         except FileNotFoundError as exc:
@@ -80,6 +87,9 @@ class Scan:
         return found
 
     def _below(self, folder: str, prefix: str) -> Iterator[tuple[str, Stat]]:
+        if prefix.count("/") >= MAX_PATH_PARTS:
+            hint = "move what is needed of it up, or leave it out by a pattern in .trainyardignore"
+            raise TrainerError(f"{folder} is deeper than {MAX_PATH_PARTS} folders", hint=hint, code=ExitCode.DATA)
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except PermissionError as exc:

@@ -26,13 +26,13 @@ from blocks.counting import Counting, Counts
 from blocks.learning import Learner
 from blocks.leases import Lease, StoreChanged, check_generation, settled_generation, until_unchanged
 from blocks.reading import MEMORY_BYTES, Read, read_files, take_read
-from blocks.refs import Ref, move_ref, read_ref, ref_key
+from blocks.refs import Ref, choose_name, move_ref, read_ref, ref_key
 from blocks.scanning import Scan, Stat, place_within
 from blocks.sending import find_missing, list_objects, list_sizes, object_names
 from blocks.stat_cache import StatCache, with_cache
 from blocks.uploads import LARGE_BYTES, Uploader
 from trainer.errors import ExitCode, TrainerError
-from trainer.packs import ManifestHeader, VersionHash, manifest_key, write_manifest
+from trainer.packs import ManifestHeader, StagedFile, VersionHash, manifest_key, write_manifest
 from trainer.silence import SilenceWatch
 from trainer.storage import SEND_SECONDS, folders_told_plainly, list_metadata, open_store, to_uri, told_plainly
 
@@ -84,7 +84,7 @@ def stage_folder(
     """
     started = time.monotonic()
     root, store_uri = root.absolute(), to_uri(store_uri)
-    name = name or (Path(os.path.realpath(root)) if root.name == ".." else root).name or "dataset"
+    name = name or choose_name((Path(os.path.realpath(root)) if root.name == ".." else root).name)
     ref_key(name)  # refused before anything is done
     inner = place_within(store_uri, root)
     counts = Counts(total_files=len(only) if only is not None else 0)
@@ -153,7 +153,7 @@ class _Stager:
             return ref
         self.cache.set("dirty", "1")
         self.lease.confirm()
-        self.cache.set("generation", settled_generation(self.store, self.uri, self.lease.store_time))
+        self.cache.set("generation", settled_generation(self.store, self.uri, self.lease.store_time, self.silence.tell))
         if again:
             self._compare(ref)
             return None
@@ -166,8 +166,6 @@ class _Stager:
 
     def _compare(self, ref: Ref | None) -> None:
         """Believes of the store only what is read there now and is right. An object of which a part is wrong is sent anew as a whole."""
-        from trainer.verifying import find_wrong
-
         self.learner.look_at = math.inf  # nobody has compared what the others have
         self.cache.set("others", "")
         self.cache.forget_stats()
@@ -177,12 +175,17 @@ class _Stager:
             self.cache.keep_placed_of_seen()
             files = self.cache.staged_files()
         self.counts.to_compare_bytes = ref.bytes if ref is not None else 0
+        self.cache.forget_objects(object_names(self._find_wrong(files)))
+
+    def _find_wrong(self, files: Iterable[StagedFile]) -> set[str]:
+        """Keys of the store's objects in which these files are not as they should be."""
+        from trainer.verifying import find_wrong
 
         def tell(size: int) -> None:
             self.counts.compared_bytes += size
             self.tell()
 
-        self.cache.forget_objects(object_names(find_wrong(self.uri, files, tell, self.silence)))
+        return find_wrong(self.uri, files, tell, self.silence)
 
     # --- What changed ---
 
@@ -248,7 +251,7 @@ class _Stager:
                 continue
             known.add(read.digest)
             self.uploader.add(read)
-        self.cache.add_seen((read.path, read.stat, read.digest) for read in found)
+        self.cache.add_seen((read.path, read.stat, read.digest, read.began_ns) for read in found)
         self.tell()
 
     def _ask_others(self) -> None:
@@ -316,15 +319,31 @@ class _Stager:
             raise StoreChanged
 
     def _find_manifest(self, version: str) -> Ref | Literal["none", "damaged"]:
-        """A version that was there before keeps its manifest: others may say what differs from it, so it must not refer to them."""
+        """A version that was there before keeps its manifest: others may say what differs from it, so it must not refer to them.
+
+        Where it names other places than the cache does, a content was sent again since, maybe as its object was damaged. So these are
+        compared, and either the manifest is written anew or the cache is taught.
+        """
         from trainer.fetching import read_version
 
+        named: set[str] = set()
+        disputed = 0
         try:
             header, files = read_version(self.store, version)
-            whole = {file.pack or file.sha256.hex() for file in files} <= list_objects(self.store)
+            for file, known in zip(files, self.cache.staged_files(), strict=True):
+                named.add(file.pack or file.sha256.hex())
+                disputed += file.size if file != known else 0
+            if not named <= list_objects(self.store):
+                return "damaged"
         except TrainerError as exc:
             return "none" if exc.code is ExitCode.NOT_FOUND else "damaged"
-        return Ref(version=version, files=header.files, bytes=header.bytes, depth=header.depth) if whole else "damaged"
+        if disputed:
+            self.counts.to_compare_bytes += disputed
+            pairs = zip(read_version(self.store, version)[1], self.cache.staged_files(), strict=True)
+            if self._find_wrong(file for file, known in pairs if file != known):
+                return "damaged"
+            self.learner.learn(version, list_sizes(self.store))
+        return Ref(version=version, files=header.files, bytes=header.bytes, depth=header.depth)
 
 
 # --- Reading and sending -------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import sqlite3
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import islice, starmap
@@ -151,13 +150,16 @@ class StatCache:
             yield row[0], None
             row = next(rows, None)
 
-    def add_seen(self, rows: Iterable[tuple[str, Stat, bytes]]) -> None:
-        newest = time.time_ns() - RACY_NS
+    def add_seen(self, rows: Iterable[tuple[str, Stat, bytes, int]]) -> None:
+        """Files with their digests, and when their reading began (ns)."""
         self._insert(
             "INSERT INTO seen VALUES (?, ?, ?, ?, ?, ?, NULL)",
             " ON CONFLICT (path) DO UPDATE SET (size, mtime_ns, ctime_ns, inode, sha256) ="
             " (excluded.size, excluded.mtime_ns, excluded.ctime_ns, excluded.inode, excluded.sha256)",
-            [(path, found.size, found.mtime_ns if found.mtime_ns < newest else -1, *found[2:], digest) for path, found, digest in rows],
+            [
+                (path, found.size, found.mtime_ns if found.mtime_ns < began_ns - RACY_NS else -1, *found[2:], digest)
+                for path, found, digest, began_ns in rows
+            ],
         )
 
     def _insert(self, first: str, rest: str, rows: Sequence[tuple[Any, ...]]) -> None:
@@ -171,9 +173,6 @@ class StatCache:
     def remove(self, path: str) -> None:
         self.writer.execute("INSERT OR IGNORE INTO gone SELECT path FROM seen WHERE path = ? AND staged IS NOT NULL", (path,))
         self.writer.execute("DELETE FROM seen WHERE path = ?", (path,))
-
-    def find_placed(self, digest: bytes) -> tuple[str, int] | None:
-        return self.writer.execute("SELECT pack, offset FROM placed WHERE sha256 = ?", (digest,)).fetchone()
 
     def find_placed_among(self, digests: list[bytes]) -> set[bytes]:
         marks = ", ".join("?" * len(digests))

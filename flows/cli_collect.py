@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import click
 
@@ -22,6 +21,7 @@ def collect(run: str, folder: str | None, partial: bool, as_json: bool) -> None:
     from blocks.errors import ConfigError
     from blocks.results import fetch_result
     from flows.finding import find_run
+    from trainer.locations import expand_home
 
     record = find_run(run)
     refs = [ref for ref in map(record.ref, reversed(record.attempts())) if ref is not None]
@@ -32,7 +32,7 @@ def collect(run: str, folder: str | None, partial: bool, as_json: bool) -> None:
     # A run that is over has its result in the record: then nobody has to reach the cluster or cloud that trained it.
     if result is None or (result.outcome != "complete" and not partial):
         result = provider_of(record).collect(refs[0], allow_partial=partial)
-    place = Path(folder or record.run().name).expanduser().absolute()
+    place = expand_home(folder or record.run().name).absolute()
     model = fetch_result(result, refs[0].output_uri, place, record.access, lambda line: click.echo(line, err=True))
     size = sum(file.bytes for file in result.files.values())
     if as_json:

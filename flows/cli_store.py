@@ -104,7 +104,7 @@ def telling_what_is_kept(ticker: Ticker, kept: str) -> Generator[None]:
 @click.command()
 @click.argument("path")
 @STORE
-@click.option("--name", help="Name of the dataset in the store. Default: the folder's.")
+@click.option("--name", help="Name of the dataset in the store. Default: from the folder's.")
 @click.option("--again", is_flag=True, help="Mend a damaged store: read all, here and there, and send what is missing or wrong there.")
 @AS_JSON
 def stage(path: str, store_uri: str, name: str | None, again: bool, as_json: bool) -> None:
@@ -133,11 +133,12 @@ def fetch(version: str, store_uri: str, folder: str, as_json: bool) -> None:
     from blocks.places import verified_path
     from blocks.refs import find_version
     from trainer.fetching import fetch_version
+    from trainer.locations import expand_home
 
     ticker = Ticker()
     started = time.monotonic()
     wanted = find_version(store_uri, version)
-    place = Path(os.path.realpath(Path(folder).expanduser()))
+    place = Path(os.path.realpath(expand_home(folder)))
     kept = f"{place}.partial-{wanted[:12]} keeps what has come: the same command goes on from there"
     with telling_what_is_kept(ticker, kept):
         fetched = fetch_version(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def rm(name: str, store_uri: str, yes: bool) -> None:
             delete_ref(store, store_uri, name)
             labels = f"{name}.labels" in list_names(store)
         rest = f" ({name}.labels, which were staged with it, stay: `rm` them, too)" if labels else ""
-        click.echo(f"removed {name}{rest}; `trainyard dataset gc --store {store_uri}` frees its space")
+        click.echo(f"removed {name}{rest}; `trainyard dataset gc --store {shlex.quote(store_uri)}` frees its space")
 
 
 @click.command(name="gc")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("uri")
 @STORE
 @click.option("--labels", help="A folder of labels that is laid over the objects, or a COCO .json; only these are sent.")
-@click.option("--name", help="Name of the dataset in the store. Default: the last part of URI.")
+@click.option("--name", help="Name of the dataset in the store. Default: from the last part of URI.")
 @AS_JSON
 def register(uri: str, store_uri: str, labels: str | None, name: str | None, as_json: bool) -> None:
     """Use the images below URI (s3://bucket/prefix, az://..., gs://..., or a folder) where they lie: nothing of them is copied."""

@@ -164,7 +164,7 @@ def _stage(
         if warning := describe_missing_labels(staged):
             logger.warning(warning)
     # Before the run is written down, which may be long after.
-    pin(ref, request, record.run_id)
+    pin(ref, request, record.run_id, logger.info)
     return ref
 
 

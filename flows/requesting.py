@@ -15,6 +15,7 @@ from blocks.errors import ConfigError
 from blocks.job import Resources, TrainRequest
 from blocks.yaml_files import read_fields
 from trainer.contract import ExitCode, SplitConfig, TrainConfig, TrainerError, unknown_name_message
+from trainer.locations import expand_home, refuse_secrets
 
 # Fields of the request that have an option of their own; the others are set in a YAML file.
 REQUEST_OPTIONS = (
@@ -163,4 +164,6 @@ def absolute(value: str) -> str:
 
 
 def absolute_path(value: str) -> str:
-    return value if "://" in value else os.path.abspath(Path(value).expanduser())  # noqa: PTH100 - keeps links
+    """Of a path; a URI stays. Raises TrainerError (CONFIG) for one with credentials in it, or of a user's home that is not there."""
+    refuse_secrets(value)
+    return value if "://" in value else os.path.abspath(expand_home(value))  # noqa: PTH100 - keeps links

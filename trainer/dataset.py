@@ -33,6 +33,7 @@ from trainer.dataset_raw import (
     data_error,
 )
 from trainer.dataset_splits import SplitSource, assign_splits
+from trainer.locations import expand_home
 
 __all__ = [
     "DatasetFormat",
@@ -216,7 +217,7 @@ def _judge_box(raw: RawDataset, image: RawImage, box: RawBox, size: Decoded) -> 
 
 def _absolute(path: Path) -> Path:
     """Absolute, but with links as they are: the path that the user knows."""
-    return Path(os.path.normpath(path.expanduser().absolute()))
+    return Path(os.path.normpath(expand_home(path).absolute()))
 
 
 def _common_root(raw: RawDataset) -> Path:

@@ -114,18 +114,24 @@ def _fetch_to_cache(
     def wait(holder: str) -> None:
         tell(f"waiting for {holder}, which fetches dataset version {version[:12]} into the cache {cache}")
 
-    def start(header: ManifestHeader) -> None:
-        write_atomic(entry / "used", str(header.bytes).encode())
+    def start(header: ManifestHeader, lacking: int) -> None:
         if limit is not None:
-            _make_room(cache, version, header.bytes, limit, tell)
+            _make_room(entry, header.bytes, lacking, limit, tell)
+        elif not lacking:
+            _promise(entry, header.bytes)
 
     folder = entry / "data"
     got = fetch_version(
         *(store_uri, version, folder, on_progress), on_wait=wait, on_silence=tell, repair=start, verified=entry / "verified"
     )
     with folders_told_plainly():
-        write_atomic(entry / "used", str(got.bytes).encode())
+        _promise(entry, got.bytes)
     return folder, got
+
+
+def _promise(entry: Path, size: int) -> None:
+    """Others reckon with so many bytes of it, and know that it was used just now."""
+    write_atomic(entry / "used", str(size).encode())
 
 
 @contextlib.contextmanager
@@ -183,16 +189,24 @@ def choose_evictions(entries: list[Entry], needed: int, limit: int) -> list[Entr
     return chosen
 
 
-def _make_room(cache: Path, version: str, needed: int, limit: int, tell: Tell) -> None:
-    """Deletes what was used longest ago. A version larger than the limit is fetched nevertheless, for it is needed now."""
+def _make_room(fetched: Path, needed: int, lacking: int, limit: int, tell: Tell) -> None:
+    """Deletes what was used longest ago. A version larger than the limit is fetched nevertheless, for it is needed now.
+
+    Nothing is deleted where the disk would lack room even then: the fetch is refused.
+    """
+    cache, version = fetched.parent, fetched.name
     lock = wait_for_lock(cache / "deleting.lock")  # two at once would both delete for the same need
     assert lock is not None, "it waits without end"
     try:
         for left in cache.glob(f"{DELETED_PREFIX}*"):  # by one that was killed
             shutil.rmtree(left)
         entries = [_read_entry(path) for path in cache.iterdir() if VERSION.fullmatch(path.name) and path.name != version]
+        chosen = choose_evictions(entries, needed, limit)
+        if lacking and lacking > sum(_disk_bytes(cache / entry.version) for entry in chosen):
+            return
+        _promise(fetched, needed)
         total = sum(entry.bytes for entry in entries) + needed
-        for entry in choose_evictions(entries, needed, limit):
+        for entry in chosen:
             if _delete(cache / entry.version):
                 total -= entry.bytes
                 tell(f"deleted dataset version {entry.version[:12]} from the cache {cache}: it was used longest ago")
@@ -213,6 +227,12 @@ def _read_entry(path: Path) -> Entry:
     except (FileNotFoundError, ValueError):  # of a fetch that was killed before it knew
         size = sum(file.lstat().st_size for file in path.rglob("*"))
         return Entry(path.name, size, path.stat().st_mtime, lock is None)
+
+
+def _disk_bytes(path: Path) -> int:
+    """By whole blocks."""
+    block = os.statvfs(path).f_frsize
+    return sum(-(-file.lstat().st_size // block) * block for file in path.rglob("*"))
 
 
 def _delete(path: Path) -> bool:

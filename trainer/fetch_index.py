@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,6 +152,33 @@ class FetchIndex:
                 hint="free some space, or choose another folder",
                 code=ExitCode.DISK_FULL if full else ExitCode.OCCUPIED,
             ) from exc
+
+
+class Needs:
+    """The disk for files that are to come: whole blocks, one also for each folder that is not there, and the bytes of all paths,
+    of which the index makes copies when it sorts them. ``entries`` are files and folders, as file systems count them."""
+
+    def __init__(self, block: int, has_folder: Callable[[str], bool]) -> None:
+        self.bytes = self.entries = 0
+        self._block, self._has_folder = block, has_folder
+        self._last = ""
+
+    def add(self, path: str, size: int, there: int | None) -> None:
+        """In the order of their paths. ``there`` are the bytes that it has already; None where there is no such file."""
+        self.bytes += -(-max(0, size - (there or 0)) // self._block) * self._block + len(path.encode())
+        self.entries += there is None
+        parent = path.rpartition("/")[0]
+        if parent != self._last:
+            self._add_folders(parent.split("/") if parent else [], self._last.split("/"))
+            self._last = parent
+
+    def _add_folders(self, parts: list[str], last: list[str]) -> None:
+        known = 0
+        while known < min(len(parts), len(last)) and parts[known] == last[known]:
+            known += 1
+        new = sum(not self._has_folder("/".join(parts[:end])) for end in range(known + 1, len(parts) + 1))
+        self.bytes += new * self._block
+        self.entries += new
 
 
 def cut_parts(files: Iterable[Wanted]) -> Iterator[Part]:

@@ -1,7 +1,8 @@
 """Brings a staged dataset version to a folder: ranges in parallel, every file's sha256 compared, taken up again after a cut.
 
 Files are written into ``<folder>.partial-<version>`` and renamed once all are there, so the folder is whole or absent.
-What a fetch that was cut left there is compared again and kept where it is right; a large file goes on from its last byte.
+What a fetch that was cut left there is compared again and kept where it is right; a large file goes on from its last byte. So is what
+one of another version left, unless files lie in place: what came of those is not compared.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,19 +20,23 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
 from trainer.errors import ExitCode, TrainerError
-from trainer.fetch_index import FetchIndex, Part, Wanted, cut_parts
+from trainer.fetch_index import FetchIndex, Needs, Part, Wanted, cut_parts
 from trainer.file_tree import FileTree, open_root, probe_names, remove_others, write_all
 from trainer.in_place import fetch_in_place
 from trainer.locks import holding
 from trainer.packs import (
+    MAX_HEADER_BYTES,
     MAX_MANIFEST_BYTES,
+    STAGE_AGAIN,
     ManifestHeader,
     StagedFile,
     check_version,
+    count_names,
     manifest_key,
     merge_manifests,
     open_manifest,
 )
+from trainer.partial_folders import choose_partial, remove_partials
 from trainer.ranges import RangeReader
 from trainer.silence import SilenceWatch
 from trainer.storage import PATIENCE, folders_told_plainly, open_store, told_plainly
@@ -39,13 +45,15 @@ from trainer.verified_folder import read_state, remember, why_not_whole
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-MAX_DEPTH = 64
+MAX_MANIFESTS = 16  # of one version; a stage writes nine at most before one says all again
 READ_BYTES = 2**20
 HEADER_BYTES = 256 * 1024
 INDEX_BYTES = 256  # of a file in the index of a fetch, about
+LOOK_FILES = 1000
 MIB = 2**20
 
 Progress = Callable[[int, int], None]
+MakeRoom = Callable[[ManifestHeader, int], None]
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def read_version(store: ObjectStore, version: str) -> tuple[ManifestHeader, Iter
     import obstore
 
     parts: list[Iterator[StagedFile | str]] = []
-    read = 0
+    read = names = 0
     newest: ManifestHeader | None = None
     wanted: str | None = version
     while wanted:
@@ -89,23 +97,29 @@ def read_version(store: ObjectStore, version: str) -> tuple[ManifestHeader, Iter
             raise _not_there(wanted) from exc
         read += found.meta["size"]
         if read > MAX_MANIFEST_BYTES:
-            raise TrainerError(
-                f"the manifests of version {version[:12]} have more than {MAX_MANIFEST_BYTES // MIB} MiB", code=ExitCode.DATA
-            )
+            raise _too_much(version, f"have more than {MAX_MANIFEST_BYTES // MIB} MiB")
         header, lines = open_manifest(bytes(found.bytes()), wanted)
+        names += count_names(header)
+        if names > MAX_HEADER_BYTES:
+            raise _too_much(version, f"name more packs and places than {MAX_HEADER_BYTES // MIB} MiB hold")
         newest = newest or header
         parts.append(lines)
         wanted = header.base
-        if len(parts) > MAX_DEPTH:
-            raise TrainerError(f"the manifests of version {version[:12]} name each other without end", code=ExitCode.DATA)
+        if wanted and len(parts) == MAX_MANIFESTS:
+            raise _too_much(version, "name each other without end")
     assert newest is not None
     return newest, check_version(newest, merge_manifests(parts))
+
+
+def _too_much(version: str, what: str) -> TrainerError:
+    return TrainerError(f"the manifests of version {version[:12]} {what}", hint=STAGE_AGAIN, code=ExitCode.DATA)
 
 
 def _not_there(version: str) -> TrainerError:
     return TrainerError(
         f"the store has no dataset version {version[:12]}",
-        hint="`trainyard dataset list` shows what it has; `trainyard dataset stage PATH --name NAME --again` writes anew what is lost",
+        hint="`trainyard dataset list --store STORE` shows what it has; "
+        "`trainyard dataset stage PATH --name NAME --store STORE --again` writes anew what is lost",
         code=ExitCode.NOT_FOUND,
     )
 
@@ -118,14 +132,15 @@ def fetch_version(
     *,
     on_wait: Callable[[str], None] | None = None,
     on_silence: Callable[[str], None] | None = None,
-    repair: Callable[[ManifestHeader], None] | None = None,
+    repair: MakeRoom | None = None,
     verified: Path | None = None,
 ) -> Fetched:
     """Makes `to` the files of a version. Nothing is fetched where it is there already.
 
     `on_progress` gets bytes done and bytes in all; `on_wait` is told who fetches to there already; `on_silence` hears, from
     another thread, that the store does not answer. With `repair`, a folder that lacks files is filled where it is, else it is
-    refused; it gets the header before anything is written. `verified` is where it is remembered what was verified: `to` is read
+    refused; before a file is written it gets the header, which the manifest's lines bear out by then, and the bytes that the disk
+    lacks, and may free some. `verified` is where it is remembered what was verified: `to` is read
     again where it is not as it was then.
     Raises TrainerError: NOT_FOUND, DATA (damaged or hostile), DISK_FULL, OCCUPIED (`to` holds something else, or cannot be
     replaced), CONFIG (a file system that takes two names for one), PERMISSION and UNAVAILABLE from the store.
@@ -150,14 +165,13 @@ def fetch_version(
                 folder = to
             else:
                 _refuse_irreplaceable(to, version)
-                folder = to.with_name(f"{to.name}.partial-{version[:12]}")
-            if repair:
-                repair(header)
+                folder = choose_partial(to, version, lambda: read_version(store, version)[1])
             with SilenceWatch(on_silence, PATIENCE.total_seconds()) as silence:
                 fetch = _Fetch(store_uri, header, folder, on_progress, silence, repair=folder == to)
-                got, state = fetch.run(files, to.with_name(f"{to.name}.index"), with_state=verified is not None)
+                got, state = fetch.run(files, to.with_name(f"{to.name}.index"), repair, with_state=verified is not None)
             if folder != to:
                 folder.rename(to)  # an empty one makes way
+                remove_partials(to)
             if verified is not None:
                 remember(verified, state)
             return got
@@ -178,6 +192,10 @@ def _refuse_irreplaceable(to: Path, version: str) -> None:
         if exc.errno != errno.EBUSY:
             raise
         raise TrainerError(f"something is mounted at {to}, so it cannot be replaced", hint=hint, code=ExitCode.OCCUPIED) from exc
+
+
+def _free_bytes(found: os.statvfs_result) -> int:
+    return found.f_bavail * found.f_frsize
 
 
 class Count:
@@ -219,17 +237,16 @@ class _Fetch:
         self.reader = RangeReader(open_store(store_uri, "fetch"), silence)
         self.count = Count(header.bytes, on_progress)
 
-    def run(self, files: Iterator[StagedFile], index_path: Path, *, with_state: bool) -> tuple[Fetched, str]:
+    def run(self, files: Iterator[StagedFile], index_path: Path, make_room: MakeRoom | None, *, with_state: bool) -> tuple[Fetched, str]:
         """What was fetched and, if it is wanted, the state of the folder then."""
         header = self.header
         with open_root(self.folder) as root:
             self._refuse_full(root, header.files * INDEX_BYTES, 0)
             with contextlib.closing(FetchIndex(index_path)) as index:
-                needed = self._plan(files, index, root)
+                self._plan(files, index, root, make_room)
                 rules = probe_names(root)
                 if any(rules):
                     index.refuse_collisions(rules)
-                self._refuse_full(root, needed, 0 if self.resumed else header.files)
                 self.reader.in_parallel(cut_parts(index.files()), lambda part: self._fetch_part(root, part))
                 self._fetch_in_place(root, index)
                 if self.resumed:
@@ -239,31 +256,44 @@ class _Fetch:
                     state = read_state(tree, header.version, index.paths()) if with_state else ""
         return Fetched(header.version, header.files, header.bytes, self.count.fetched_files, self.count.fetched_bytes), state
 
-    def _plan(self, files: Iterator[StagedFile], index: FetchIndex, root: int) -> int:
-        """Fills the index. Returns the bytes of disk that are needed, by whole blocks."""
-        block = os.fstatvfs(root).f_frsize
-        needed = 0
+    def _plan(self, files: Iterator[StagedFile], index: FetchIndex, root: int, make_room: MakeRoom | None) -> None:
+        """Fills the index. Refuses what does not fit as soon as that shows, since the index takes of the same disk.
+
+        Where room can be made, that shows at the end only: until then the index leaves as much as it takes.
+        """
+
+        def has_folder(path: str) -> bool:
+            if not self.resumed:
+                return False
+            try:
+                return stat.S_ISDIR(os.stat(path, dir_fd=root, follow_symlinks=False).st_mode)
+            except OSError:  # what is in the way is told when it is made
+                return False
+
+        needs = Needs(os.fstatvfs(root).f_frsize, has_folder)
 
         def planned() -> Iterator[StagedFile]:
-            nonlocal needed
-            with FileTree(root, self.folder) as tree:
-                for file in files:
-                    there = (tree.size(file.path) or 0) if self.resumed else 0
-                    needed += -(-max(0, file.size - there) // block) * block
+            with FileTree(root, self.folder, make=False) as tree:
+                for number, file in enumerate(files):
+                    needs.add(file.path, file.size, tree.size(file.path) if self.resumed else None)
+                    if number % LOOK_FILES == 0:
+                        self._refuse_full(root, *((index.path.stat().st_size, 0) if make_room else (needs.bytes, needs.entries)))
                     yield file
 
         index.fill(planned())
-        return needed
+        if make_room:
+            make_room(self.header, max(0, needs.bytes - _free_bytes(os.fstatvfs(root))))
+        self._refuse_full(root, needs.bytes, needs.entries)
 
     def _refuse_full(self, root: int, needed: int, files: int) -> None:
         found = os.fstatvfs(root)
-        free = found.f_bavail * found.f_frsize
+        free = _free_bytes(found)
         hint = "free some space, or choose another folder"
         if needed > free:
             message = f"the disk is full at {self.folder}: {needed / MIB:.0f} MiB needed, {free / MIB:.0f} MiB are free"
             raise TrainerError(message, hint=hint, code=ExitCode.DISK_FULL)
         if found.f_files and files > found.f_favail:  # some file systems count no files
-            message = f"the disk is full at {self.folder}: it takes {found.f_favail} more files, and {files} are needed"
+            message = f"the disk is full at {self.folder}: it takes {found.f_favail} more files and folders, and {files} are needed"
             raise TrainerError(message, hint=hint, code=ExitCode.DISK_FULL)
 
     def _fetch_part(self, root: int, part: Part) -> None:

@@ -11,17 +11,40 @@ from trainer.errors import ExitCode, TrainerError
 REMOTE_SCHEMES = ("s3", "gs", "az")
 ONE_SLASH = re.compile(rf"^({'|'.join((*REMOTE_SCHEMES, 'file'))}):/(?!/)(.*)")
 
+# No bucket's name has either mark, and a secret key may have the slash that would end it.
+SECRET = re.compile(rf"^({'|'.join(REMOTE_SCHEMES)}):/{{1,2}}[^/?#]*[:@]|^\w[\w+.-]*:/{{1,2}}[^/?#]*@")
+BUCKETS = "s3://bucket/prefix, az://container/prefix, gs://bucket/prefix"
+ELSEWHERE = "credentials and settings come from the profile or the environment"
+
+
+def refuse_secrets(text: str) -> None:
+    """Raises TrainerError (CONFIG) for a URI with credentials, which every message and record would show. This one does not."""
+    if SECRET.match(text):
+        message = "a URI has credentials, or a port, where its bucket should be; it is not shown"
+        raise TrainerError(message, hint=f"use {BUCKETS}; {ELSEWHERE}", code=ExitCode.CONFIG)
+
+
+def check_bucket(uri: str) -> None:
+    """Raises TrainerError (CONFIG) for what is no URI of a bucket, or has credentials in it."""
+    refuse_secrets(uri)
+    parts = urlsplit(uri)
+    if parts.scheme not in REMOTE_SCHEMES or not parts.netloc:
+        shown = uri.partition("?")[0]  # behind it may be a signature
+        raise TrainerError(f"{shown!r} is no object store", hint=f"use {BUCKETS}, file:// or a folder", code=ExitCode.CONFIG)
+
 
 def to_uri(location: str | Path) -> str:
-    """A plain path as a ``file://`` URI; a URI as it is. Raises TrainerError (CONFIG) for a URI that has not its slashes."""
+    """A plain path as a ``file://`` URI; a URI as it is. Raises TrainerError (CONFIG) for one that has not its slashes, or credentials."""
     text = str(location)
     _refuse_slips(text)
-    uri = text.rstrip("/") if "://" in text else _expanded(text).absolute().as_uri()
+    uri = text.rstrip("/") if "://" in text else expand_home(text).absolute().as_uri()
     return "file:///" if uri == "file:" else uri  # a file may be mounted at the root
 
 
 def _refuse_slips(text: str) -> None:
     """No folder is meant by ``s3:/bucket``, and no machine by ``file://folder``, which by the rules of URIs it would be."""
+    refuse_secrets(text)
+    text = text.partition("?")[0]  # behind it may be a signature
     if slip := ONE_SLASH.match(text):
         scheme, rest = slip.groups()
         slashes = "///" if scheme == "file" else "//"
@@ -42,23 +65,28 @@ def _refuse_slips(text: str) -> None:
         raise TrainerError(f"{text!r} has two slashes where a file's URI has three", hint=hint, code=ExitCode.CONFIG)
 
 
-def _expanded(text: str) -> Path:
-    """With the home for a ``~``, which a shell leaves where it is not the beginning of a word, as in ``--store=~/data``."""
+def expand_home(text: str | Path) -> Path:
+    """With the home for a ``~``, which a shell leaves where it is not the beginning of a word, as in ``--store=~/data``.
+
+    Raises TrainerError (CONFIG) for the home of nobody.
+    """
     try:
         return Path(text).expanduser()
     except RuntimeError as exc:
-        raise TrainerError(f"{text!r}: {exc}", hint="write the whole path", code=ExitCode.CONFIG) from exc
+        raise TrainerError(f"{str(text)!r}: {exc}", hint="write the whole path", code=ExitCode.CONFIG) from exc
 
 
 def to_store_uri(location: str | Path) -> str:
     """As `to_uri`, for what is a store as a whole. Raises TrainerError (CONFIG) besides where more follows, which a store would not see."""
     uri = to_uri(location)
-    for mark in "?#":
-        store, found, rest = uri.partition(mark)
-        if found:
-            what = f"its dataset {rest!r} is named by itself" if mark == "#" else "settings come from the profile or the environment"
-            raise TrainerError(f"{uri!r} is more than a store", hint=f"write {store}; {what}", code=ExitCode.CONFIG)
-    return uri
+    place, asked, _ = uri.partition("?")
+    store, hash_sign, name = place.partition("#")
+    if not (asked or hash_sign):
+        return uri
+    instead = f"write {store}" if urlsplit(store).scheme in (*REMOTE_SCHEMES, "file") else f"use {BUCKETS}"
+    what = ELSEWHERE if asked else f"its dataset {name!r} is named by itself"
+    more = "; what follows its ? is not shown" if asked else ""  # it may be a signature
+    raise TrainerError(f"{place!r} is more than a store{more}", hint=f"{instead}; {what}", code=ExitCode.CONFIG)
 
 
 def is_bucket(uri: str) -> bool:
@@ -75,4 +103,4 @@ def to_path(uri: str) -> Path:
             hint="give a local path or a file:// URI; object stores are not supported for this yet",
             code=ExitCode.CONFIG,
         )
-    return Path(unquote(parts.path)) if parts.scheme else _expanded(uri)
+    return Path(unquote(parts.path)) if parts.scheme else expand_home(uri)

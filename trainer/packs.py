@@ -23,6 +23,7 @@ import hashlib
 import heapq
 import io
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 from typing import IO, Any, NamedTuple
@@ -36,12 +37,15 @@ BLOCK = 512
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
 MAX_NAME_BYTES = 255  # NAME_MAX of Linux
+MAX_PATH_PARTS = 128  # nobody's data has so many; and no path has more that is no longer than one name, so that a scan need not count them
 MAX_LINE_BYTES = 4 * MAX_PATH_BYTES + 512
-MAX_HEADER_BYTES = 64 * 2**20  # a header names its packs, some 70 bytes each
+MAX_HEADER_BYTES = 64 * 2**20  # a header names its packs, some 70 bytes each; in all those of a version, as they stay in memory
 MAX_MANIFEST_BYTES = 512 * 2**20  # as stored, those below included; a million files are some 45 MiB
 MAX_NUMBER = 2**63
 LINES_AT_ONCE = 1024
 END = bytes(2 * BLOCK)
+# What gzip and JSON raise for bytes that are none: zlib.error within the stream, RecursionError for lists in lists in lists.
+UNREADABLE = (OSError, EOFError, ValueError, zlib.error, RecursionError)
 READABLE_SCHEMA = 2  # 2: has files in place
 STAGE_AGAIN = "send it anew from its folder: trainyard dataset stage PATH --name NAME --store STORE --again"
 
@@ -85,6 +89,11 @@ class ManifestHeader(StoreRecord, frozen=True, kw_only=True):
     bytes: int
     packs: tuple[str, ...]
     sources: tuple[str, ...] = ()
+
+
+def count_names(header: ManifestHeader) -> int:
+    """Bytes that its packs and sources take as they are written, about."""
+    return sum(len(name) + 3 for name in (*header.packs, *header.sources))
 
 
 def pack_key(pack: str) -> str:
@@ -137,11 +146,6 @@ def padding(size: int) -> bytes:
     return bytes(-size % BLOCK)
 
 
-def packed_bytes(size: int) -> int:
-    """What a file of `size` bytes takes in a pack."""
-    return BLOCK + size + -size % BLOCK
-
-
 def pack_id(files: Iterable[tuple[bytes, int]]) -> str:
     """The id of a pack that holds files of these digests and sizes in this order."""
     total = hashlib.sha256(b"trainyard-pack-1\0")
@@ -178,6 +182,8 @@ def check_path(path: str) -> str:
         raise ValueError(f"unsafe path {path[:200]!r}")
     if len(encoded) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in parts):
         raise ValueError(f"path too long: {path[:200]!r}")
+    if len(parts) > MAX_PATH_PARTS:
+        raise ValueError(f"path of more than {MAX_PATH_PARTS} parts: {path[:200]!r}")
     return path
 
 
@@ -216,7 +222,7 @@ def open_manifest(data: bytes | IO[bytes], version: str) -> tuple[ManifestHeader
     stream = gzip.GzipFile(fileobj=io.BytesIO(data) if isinstance(data, bytes) else data)
     try:
         header = ManifestHeader.from_json(_read_line(stream, MAX_HEADER_BYTES))
-    except (OSError, EOFError, ValueError) as exc:
+    except UNREADABLE as exc:
         raise _damaged(version, str(exc)) from exc
     if not all(SHA256.fullmatch(name) for name in (*header.packs, header.base or version)):
         raise _damaged(version, "it names a pack or base by what is no sha256")
@@ -253,7 +259,7 @@ def _read_files(stream: gzip.GzipFile, header: ManifestHeader) -> Iterator[Stage
                 raise ValueError(f"no sha256 for {path[:200]!r}")
             in_place = InPlace(header.sources[-2 - pack], *map(check_path, place)) if place else None
             yield StagedFile(path, sha256, size, header.packs[pack] if pack >= 0 else "", offset, in_place)
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, LookupError) as exc:
+    except (*UNREADABLE, TypeError, AttributeError, LookupError) as exc:
         raise _damaged(header.version, str(exc)) from exc
 
 
@@ -298,14 +304,3 @@ def check_version(header: ManifestHeader, files: Iterable[StagedFile]) -> Iterat
         yield file
     if (seen.hexdigest(), seen.files, seen.bytes) != (header.version, header.files, header.bytes):
         raise _damaged(header.version, "its files are not those of the version")
-
-
-def merge_ranges(ranges: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
-    """Half-open byte ranges joined where less than `gap` bytes lie between them."""
-    joined: list[tuple[int, int]] = []
-    for start, end in sorted(ranges):
-        if joined and start - joined[-1][1] < gap:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-        else:
-            joined.append((start, end))
-    return joined

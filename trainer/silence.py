@@ -104,6 +104,11 @@ class SilenceWatch:
 
     # --- Telling ---
 
+    def tell(self, line: str) -> None:
+        """What else is waited for, from whoever waits."""
+        if self._say is not None:
+            self._say(line)
+
     def __enter__(self) -> SilenceWatch:
         if self._say is not None:
             self._thread.start()

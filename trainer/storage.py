@@ -21,6 +21,7 @@ from trainer.errors import ExitCode, TrainerError
 from trainer.files import DISK_FULL, disk_full_error
 from trainer.locations import (
     REMOTE_SCHEMES as REMOTE_SCHEMES,
+    check_bucket,
     is_bucket as is_bucket,
     to_path as to_path,
     to_store_uri as to_store_uri,
@@ -68,7 +69,7 @@ def open_store(uri: str, purpose: Purpose = "ask", access: StoreAccess | None = 
     Credentials and endpoint are those of `access`, or of `store_access.access_to`; else they come from the environment, by the
     names that each cloud's own tools read (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ``AZURE_STORAGE_ACCOUNT_NAME`` ...), or are
     the machine's identity.
-    Raises TrainerError (CONFIG) for another scheme, no bucket, or an endpoint that is no URL.
+    Raises TrainerError (CONFIG) for another scheme, no bucket, credentials in it, or an endpoint that is no URL.
     """
     from obstore.store import from_url
 
@@ -76,9 +77,7 @@ def open_store(uri: str, purpose: Purpose = "ask", access: StoreAccess | None = 
     if parts.scheme in ("", "file"):
         ObjectFolder(uri).make_root()
         return _store(to_uri(uri))
-    if parts.scheme not in REMOTE_SCHEMES or not parts.netloc:
-        hint = "use s3://bucket/prefix, az://container/prefix, gs://bucket/prefix, file:// or a folder"
-        raise TrainerError(f"{uri!r} is no object store", hint=hint, code=ExitCode.CONFIG)
+    check_bucket(uri)
     # Plain HTTP only where somebody has named such an endpoint, as for a store in the same network.
     options = store_options(uri, access)
     plain = any(endpoint.startswith("http://") for endpoint in (options.get("endpoint", ""), *_endpoints()))

@@ -28,7 +28,10 @@ class StoreRecord(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def from_json(cls, data: bytes) -> Self:
         """Raises ValueError, naming the field, for what is none."""
-        return msgspec.json.decode(data, type=cls)
+        try:
+            return msgspec.json.decode(data, type=cls)
+        except RecursionError as exc:
+            raise ValueError("it is nested too deeply") from exc
 
     def to_json(self) -> bytes:
         """For people, too."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from blocks.uploads import LARGE_BYTES
-from trainer.packs import packed_bytes
+from trainer.packs import BLOCK
 from trainer.storage import list_paths, open_store
 
 if TYPE_CHECKING:
@@ -80,6 +80,11 @@ def record_puts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(obstore, "put", recording)
     return keys
+
+
+def packed_bytes(size: int) -> int:
+    """What a file of `size` bytes takes in a pack."""
+    return BLOCK + size + -size % BLOCK
 
 
 def assert_no_duplicates(store_uri: str, *sources: dict[str, bytes], beyond: int) -> None:

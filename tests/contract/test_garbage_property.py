@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from blocks.garbage import Policy, collect, open_marker, pin_version, unpin_version
-from blocks.refs import delete_ref, list_refs
+from blocks.refs import delete_ref, read_refs
 from blocks.staging import stage_folder
 from trainer.contract import ExitCode, TrainerError
 from trainer.fetching import fetch_version
@@ -43,7 +43,7 @@ class Killed(BaseException):
 @contextmanager
 def killed_after(count: int, call: str) -> Iterator[None]:
     """The process dies before the call after so many of its kind."""
-    calls = {name: getattr(obstore, name) for name in ("put", "get", "delete", "head", "list", "get_ranges")}
+    calls = {name: getattr(obstore, name) for name in ("put", "get", "delete", "head", "list", "get_range")}
     left = [count, 0]
 
     def wrap(name: str) -> Any:
@@ -126,7 +126,7 @@ class Store(RuleBasedStateMachine):
         with killed_after(at, "put"):
             self.stage(name, changes, False)
         # Its ref may have moved before it died.
-        ref = list_refs(self.store, self.uri).get(name)
+        ref = read_refs(self.store, self.uri).whole.get(name)
         if ref is not None and ref.version not in self.versions:
             self.versions[ref.version] = dict(self.trees[name])
         self.pass_time(hours)
@@ -150,7 +150,7 @@ class Store(RuleBasedStateMachine):
 
     @rule(name=NAME)
     def remove_a_ref(self, name: str) -> None:
-        if name in list_refs(self.store, self.uri):
+        if name in read_refs(self.store, self.uri).whole:
             delete_ref(self.store, self.uri, name)
 
     @precondition(lambda self: self.versions)
@@ -225,11 +225,11 @@ class Store(RuleBasedStateMachine):
     # --- What is always true ---
 
     def always_needed(self) -> set[str]:
-        return {ref.version for ref in list_refs(self.store, self.uri).values()} | set(self.pins.values())
+        return {ref.version for ref in read_refs(self.store, self.uri).whole.values()} | set(self.pins.values())
 
     def needed(self) -> set[str]:
         """With those before them, of which some may be gone: they were too old once, and came up again since."""
-        refs = list_refs(self.store, self.uri).values()
+        refs = read_refs(self.store, self.uri).whole.values()
         return self.always_needed() | {version for ref in refs for version in ref.previous[:KEPT]}
 
     @invariant()
@@ -250,7 +250,7 @@ class Store(RuleBasedStateMachine):
         self.fetch_all()
         for run in list(self.pins):
             self.close_a_run(run)
-        for name in list_refs(self.store, self.uri):
+        for name in read_refs(self.store, self.uri).whole:
             delete_ref(self.store, self.uri, name)
         self.pass_time(1)  # what is cut off is over
         collect(open_marker(self.uri), self.uri, Policy(grace=timedelta(0)), ())

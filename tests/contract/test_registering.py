@@ -110,7 +110,7 @@ def test_images_stay_and_a_training_finds_them_with_their_labels(store_uri: str,
     os.utime(copy / "images/val/val 0.png", (1e9, 1e9))
     with pytest.raises(TrainerError, match=r"images/.*nobody knows its content"):
         fetch_version(store_uri, registered.version, copy, verified=verified)
-    assert fetch_version(store_uri, registered.version, copy, verified=verified, repair=lambda _: None).fetched_files == 8
+    assert fetch_version(store_uri, registered.version, copy, verified=verified, repair=lambda *_: None).fetched_files == 8
 
 
 def test_nothing_changed_writes_nothing(store_uri: str, data_uri: str, labels: Path) -> None:

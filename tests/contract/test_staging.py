@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from typing import Any
 import pytest
 
 from blocks.garbage import Policy, collect, open_marker
-from blocks.refs import list_refs, read_ref, resolve_version
-from blocks.staging import Staged, stage_folder
+from blocks.refs import read_ref, read_refs, resolve_version
+from blocks.staging import stage_folder
 from blocks.uploads import LARGE_BYTES
 from tests.contract.staged import assert_same, get, objects, put, record_puts, touch_old
 from trainer.contract import ExitCode, TrainerError
 from trainer.fetching import fetch_version
 from trainer.packs import manifest_key
 from trainer.storage import open_store
+from trainer.store_records import swap
 from trainer.verifying import verify_version
 
 
@@ -132,20 +134,26 @@ def test_a_store_that_was_emptied_and_filled_from_another_home_is_asked_what_it_
         assert verify_version(store_uri, staged.version).files == staged.files
 
 
-def test_two_stagers_at_once_lose_nothing(store_uri: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two folders under one name: the ref is one of them, both versions are whole."""
+def test_two_homes_that_move_one_ref_at_once_lose_nothing(
+    store_uri: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two folders under one name, and each has seen no ref when it writes its own: one has to go on from the other's."""
     other = shutil.copytree(source, tmp_path / "other")
     touch_old(other / "d1/img 0001 ü.jpg", b"of the other")
-    results: list[Staged] = []
+    both, answers = threading.Barrier(2), list[bool]()
 
-    def work(root: Path) -> None:
-        results.append(stage_folder(root, store_uri, "shared"))
+    def meeting(*arguments: Any) -> bool:
+        if not answers:
+            both.wait(60)
+        answers.append(swap(*arguments))
+        return answers[-1]
 
-    threads = [threading.Thread(target=work, args=(root,)) for root in (source, other)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    monkeypatch.setattr("blocks.refs.swap", meeting)
+    monkeypatch.setattr("blocks.stat_cache.home", lambda: tmp_path / threading.current_thread().name)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda root: stage_folder(root, store_uri, "shared"), (source, other)))
+    assert sorted(answers)[-2:] == [True, True]
+    assert False in answers
     assert len({staged.version for staged in results}) == 2
     ref, _ = read_ref(open_store(store_uri), store_uri, "shared")
     assert ref is not None
@@ -274,7 +282,7 @@ def test_a_large_file_that_changes_while_it_is_sent_is_not_kept(
 def test_names_and_versions_are_found(store_uri: str, source: Path) -> None:
     staged = stage_folder(source, store_uri, "cells")
     store = open_store(store_uri)
-    assert list(list_refs(store, store_uri)) == ["cells"]
+    assert list(read_refs(store, store_uri).whole) == ["cells"]
     assert {resolve_version(store, store_uri, text) for text in ("cells", staged.version, staged.version[:8])} == {staged.version}
     with pytest.raises(TrainerError, match="no dataset or version"):
         resolve_version(store, store_uri, "none")

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from blocks.refs import list_refs, read_ref
+from blocks.refs import read_ref, read_refs
 from blocks.staging import stage_folder
 from blocks.uploads import LARGE_BYTES
-from tests.contract.staged import assert_no_duplicates, assert_same, contents, record_puts, sizes, touch_old
+from tests.contract.staged import assert_no_duplicates, assert_same, contents, packed_bytes, record_puts, sizes, touch_old
 from tests.faults import Fault, FaultProxy
 from tests.stack import BIN, wait_for
 from tests.stores import StoreServer, new_store
 from trainer.fetching import fetch_version
-from trainer.packs import END, packed_bytes
+from trainer.packs import END
 from trainer.storage import open_store
 from trainer.verifying import verify_version
 
@@ -223,20 +223,25 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
     assert_same(source, copy)
 
 
-def stage_at_once(store_uri: str, *roots: Path, names: tuple[str, str] = ("shared", "shared")) -> None:
-    """The command, as two people run it."""
-    command = [str(BIN / "trainyard"), "dataset", "stage", "--store", store_uri, "--name"]
+def stage_at_once(store_uri: str, *stages: tuple[Path, str, Path]) -> None:
+    """The command, as several people run it: of a folder, as a dataset, with a home, whose other commands it would wait for."""
+    command = [str(BIN / "trainyard"), "dataset", "stage", "--store", store_uri]
     running = [
-        subprocess.Popen([*command, name, str(root)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for name, root in zip(names, roots, strict=True)
+        subprocess.Popen(
+            [*command, "--name", name, str(root)],
+            env={**os.environ, "TRAINYARD_HOME": str(home)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for root, name, home in stages
     ]
     for process in running:
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0, out.decode()
 
 
-def test_two_commands_stage_one_folder_at_once(store_uri: str, source: Path) -> None:
-    stage_at_once(store_uri, source, source)
+def test_two_commands_stage_one_folder_at_once(store_uri: str, source: Path, tmp_path: Path) -> None:
+    stage_at_once(store_uri, (source, "shared", tmp_path / "home"), (source, "shared", tmp_path / "other home"))
     ref, _ = read_ref(open_store(store_uri), store_uri, "shared")
     assert ref is not None
     assert ref.previous == ()
@@ -244,9 +249,9 @@ def test_two_commands_stage_one_folder_at_once(store_uri: str, source: Path) -> 
     assert_no_duplicates(store_uri, contents(source), beyond=0)
 
 
-def test_two_commands_stage_one_folder_under_two_names_at_once(store_uri: str, source: Path) -> None:
-    stage_at_once(store_uri, source, source, names=("one", "other"))
-    refs = list_refs(open_store(store_uri), store_uri)
+def test_two_commands_of_one_home_stage_one_folder_under_two_names_at_once(store_uri: str, source: Path, tmp_path: Path) -> None:
+    stage_at_once(store_uri, *((source, name, tmp_path / "home") for name in ("one", "other")))
+    refs = read_refs(open_store(store_uri), store_uri).whole
     assert refs["one"].version == refs["other"].version
     assert verify_version(store_uri, refs["one"].version).files == len(contents(source))
     assert_no_duplicates(store_uri, contents(source), beyond=0)
@@ -255,7 +260,7 @@ def test_two_commands_stage_one_folder_under_two_names_at_once(store_uri: str, s
 def test_two_commands_stage_two_folders_under_one_name_at_once(store_uri: str, source: Path, tmp_path: Path) -> None:
     other = shutil.copytree(source, tmp_path / "other")
     touch_old(other / "d1/img 0001 ü.jpg", b"of the other")
-    stage_at_once(store_uri, source, other)
+    stage_at_once(store_uri, (source, "shared", tmp_path / "home"), (other, "shared", tmp_path / "other home"))
     ref, _ = read_ref(open_store(store_uri), store_uri, "shared")
     assert ref is not None
     versions = {ref.version, *ref.previous}

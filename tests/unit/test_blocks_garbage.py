@@ -19,7 +19,7 @@ from blocks.job import JobState
 from blocks.leases import LeaseFile, lease_key
 from blocks.outputs import remember_output
 from blocks.record import Outcome, RunRecord
-from blocks.refs import list_refs
+from blocks.refs import read_refs
 from blocks.staging import stage_folder
 from flows.cli import app
 from tests.unit.test_blocks_pruning import make_run
@@ -210,4 +210,4 @@ def test_a_name_that_is_not_there_is_one_error(store_uri: str) -> None:
     done = call("rm", "dogs", "--store", store_uri, "--yes")
     assert isinstance(done.exception, TrainyardError)
     assert done.exception.code is ExitCode.NOT_FOUND
-    assert list(list_refs(open_marker(store_uri).store, store_uri)) == ["cells"]
+    assert list(read_refs(open_marker(store_uri).store, store_uri).whole) == ["cells"]

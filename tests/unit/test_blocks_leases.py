@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -15,7 +16,7 @@ import obstore
 import pytest
 
 from blocks.garbage import Policy, collect, open_marker
-from blocks.leases import MARK_KEY, Collection, StoreChanged, check_generation, read_mark, settled_generation, until_unchanged
+from blocks.leases import DEAD_AFTER, MARK_KEY, Collection, StoreChanged, check_generation, read_mark, settled_generation, until_unchanged
 from blocks.refs import delete_ref
 from blocks.staging import Staged, stage_folder
 from trainer.contract import ExitCode, TrainerError
@@ -129,6 +130,21 @@ def test_a_generation_is_told_from_the_next(store_uri: str) -> None:
     with pytest.raises(StoreChanged):
         check_generation(store, store_uri, known)
     assert keys(store_uri, "") == {MARK_KEY, f"{MARK_KEY}.lock"}
+
+
+def test_who_waits_for_a_dead_collection_says_so_once_and_asks_less_and_less(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, pauses, told = open_store(store_uri), list[float](), list[str]()
+    Collection(store, store_uri)  # and its process is killed
+    _, _, written = read_mark(store, store_uri)
+    assert written is not None
+    monkeypatch.setattr("blocks.leases.LOOK_SECONDS", 1.0)
+    monkeypatch.setattr("blocks.leases.time.sleep", pauses.append)
+    settled_generation(store, store_uri, lambda: written + timedelta(seconds=sum(pauses)), told.append)
+    assert DEAD_AFTER.total_seconds() < sum(pauses) < DEAD_AFTER.total_seconds() + 5
+    assert len(pauses) < 60
+    [line] = told
+    assert f"garbage collection of {socket.gethostname()}, begun at " in line
+    assert 580 < int(line.partition(" s if")[0].rpartition(" ")[2]) <= 595
 
 
 def test_a_swap_whose_answer_was_lost_has_begun_the_collection(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

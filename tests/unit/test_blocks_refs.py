@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shlex
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from blocks.garbage import Policy, collect, open_marker
 from blocks.refs import read_ref, read_refs
 from blocks.staging import Staged, stage_folder
 from flows.cli import app
+from flows.requesting import build_request
 from trainer.errors import ExitCode, TrainyardError
 from trainer.packs import manifest_key
-from trainer.storage import list_paths, open_store
+from trainer.storage import list_paths, open_store, to_store_uri
 from trainer.verifying import verify_version
 
 DAMAGE = [b"", b'{"version": "ab', b"\xff", b'{"version": "", "files": 1, "bytes": 1}', b'{"version": "cells", "files": 1, "bytes": 1}']
@@ -88,6 +90,21 @@ def test_nothing_is_freed_while_a_ref_is_damaged_until_it_is_removed(uri: str, t
     assert collect(open_marker(uri), uri, Policy(), ()).objects == 0, "what is young stays"
     assert call("gc", "--store", uri, "--grace", "0s", "--yes").exit_code == 0
     assert [path for path in list_paths(open_store(uri), "refs") if path.endswith(".json")] == ["refs/whole.json"]
+
+
+def test_what_is_no_ref_is_not_taken_for_a_damaged_one(uri: str, tmp_path: Path) -> None:
+    """macOS leaves a file of its own beside each; and HFS+ takes the accents of names apart, which stay refs."""
+    stage(tmp_path, uri, "Zähne", b"3")
+    refs = Path(uri) / "refs"
+    (refs / "Zähne.json").rename(refs / unicodedata.normalize("NFD", "Zähne.json"))
+    for foreign in ("._whole.json", "whole (copy).json", "notes.txt"):
+        (refs / foreign).write_bytes(b"\0\5\x16\7")
+    read = read_refs(open_store(uri), uri)
+    assert ([unicodedata.normalize("NFC", name) for name in read.whole], read.damaged) == (["Zähne", "my cells", "whole"], {})
+    assert call("gc", "--store", uri, "--grace", "0s", "--yes").exit_code == 0
+    for ref in read.whole.values():
+        assert verify_version(uri, ref.version).files == 1
+    assert sum(path.name.startswith(("._", "whole (", "notes")) for path in refs.iterdir()) == 3, "nor is it deleted"
 
 
 def test_staged_with_again_a_damaged_ref_is_written_anew(uri: str, tmp_path: Path) -> None:
@@ -170,6 +187,19 @@ def test_the_hint_of_show_names_the_store(uri: str, tmp_path: Path) -> None:
     assert f"--store {uri} --again" in error_of(call("show", newest.version, "--store", uri)).hint
 
 
+def test_every_command_that_is_told_names_the_store_as_a_shell_reads_it(uri: str, tmp_path: Path) -> None:
+    place = str(Path(uri).rename(tmp_path / "my store"))
+    for version in ("0" * 64, "none"):
+        refused = error_of(call("show", version, "--store", place))
+        assert f"dataset list --store '{place}'" in refused.hint
+    with pytest.raises(TrainyardError) as told:
+        verify_version(place, "0" * 64)
+    assert f"list --store '{place}'" in told.value.hint
+    assert f"--name NAME --store '{place}' --again" in told.value.hint
+    assert f"gc --store '{place}'`" in call("rm", "whole", "--store", place, "--yes").output
+    assert f"list --store '{place}'" in error_of(call("rm", "whole", "--store", place, "--yes")).hint
+
+
 # --- Where a store is --------------------------------------------------------------------------------------
 
 
@@ -194,6 +224,38 @@ def test_a_file_uri_that_means_another_place_than_it_says_is_refused(tmp_path: P
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "https://account.blob.core.windows.net/cells?sv=2024-11-04&sig=SECRET",
+        "s3://bucket/cells?X-Amz-Signature=SECRET",
+        "s3://bucket//cells?X-Amz-Signature=SECRET",
+        "s3://KEY:SECRET@bucket/cells",
+        "s3://KEY:half/of-the-SECRET@bucket/cells",
+        "s3:/KEY:SECRET@bucket/cells",
+        "https://somebody:SECRET@account.blob.core.windows.net/cells",
+    ],
+)
+def test_a_secret_in_a_uri_is_refused_and_nowhere_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    told = [error_of(call("list", "--store", wrong))]
+    monkeypatch.setenv("TRAINYARD_STORE", wrong)
+    told.append(error_of(call("list")))
+    with pytest.raises(TrainyardError) as refused:
+        to_store_uri(wrong)
+    told.append(refused.value)
+    for dataset, options in ((wrong, {}), (str(tmp_path), {"store": wrong}), (str(tmp_path), {"output": wrong})):
+        with pytest.raises(TrainyardError) as refused:
+            build_request(dataset, options)
+        told.append(refused.value)
+    for each in told:
+        assert each.code is ExitCode.CONFIG
+        assert "SECRET" not in f"{each} {each!r}"
+    if "s3://bucket" not in wrong:
+        with pytest.raises(TrainyardError, match=r"object store|not shown") as refused:
+            open_store(wrong)
+        assert "SECRET" not in str(refused.value)
+
+
 def test_a_tilde_that_the_shell_leaves_is_the_home(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in --store=~/store."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -203,6 +265,16 @@ def test_a_tilde_that_the_shell_leaves_is_the_home(uri: str, tmp_path: Path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "my cells", "store", "whole"]
     refused = error_of(call("list", "--store=~nobody-of-that-name/store"))
     assert refused.code is ExitCode.CONFIG
+    nobody = "~nobody-of-that-name/x"
+    for arguments in (
+        ["fetch", "my cells", "--to", nobody, "--store", uri],
+        ["register", str(tmp_path), "--labels", nobody, "--store", uri],
+    ):
+        refused = error_of(call(*arguments))
+        assert refused.code is ExitCode.CONFIG
+        assert nobody in refused.message
+    with pytest.raises(TrainyardError, match=nobody):
+        build_request(nobody, {})
 
 
 def test_a_folder_that_is_no_store_is_told_as_such(uri: str, tmp_path: Path) -> None:

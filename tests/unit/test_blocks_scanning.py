@@ -71,6 +71,16 @@ def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     assert paths(tmp_path) == [".trainyardignore"]
 
 
+def test_folders_in_folders_end_somewhere(tmp_path: Path) -> None:
+    """As deep as a manifest can say, and no deeper: a folder without end would take all that a process may open."""
+    deepest = "a/" * 127 + "1.jpg"
+    assert paths(write(tmp_path, deepest)) == [deepest]
+    (tmp_path / ("a/" * 127) / "a").mkdir()
+    with pytest.raises(TrainerError, match="deeper than 128 folders") as refused:
+        paths(tmp_path)
+    assert refused.value.code is ExitCode.DATA
+
+
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match="not a folder"):
         paths(tmp_path / "none")

@@ -15,19 +15,20 @@ from queue import Queue
 import pytest
 
 from blocks.counting import Counts
-from blocks.reading import TAKE_BYTES, Read, read_file, take_read
+from blocks.reading import TAKE_BYTES, Read, read_all, read_file, take_read
 from blocks.scanning import Stat
 from blocks.sending import put_file
 from blocks.staging import stage_folder
 from blocks.stat_cache import StatCache
 from trainer.errors import TrainerError
+from trainer.packs import BLOCK
 from trainer.storage import open_store
 from trainer.verifying import verify_version
 
 
 def done(*paths: str) -> Future[list[Read]]:
     future = Future[list[Read]]()
-    future.set_result([Read(path, Stat(1, 2, 3, 4), b"digest", b"x") for path in paths])
+    future.set_result([Read(path, Stat(1, 2, 3, 4), b"digest", b"x", 5) for path in paths])
     return future
 
 
@@ -142,6 +143,41 @@ def test_a_file_that_vanishes_before_it_is_read_is_told_as_gone(tmp_path: Path) 
         read_file(str(tmp_path / "gone.jpg"), "gone.jpg")
 
 
+def test_a_file_that_is_rewritten_in_place_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is as long as it was: what was read may be half of each."""
+    file = tmp_path / "label.txt"
+    file.write_bytes(b"before")
+    os.utime(file, (1e9, 1e9))
+
+    def torn(descriptor: int, size: int) -> bytes:
+        content = os.read(descriptor, size // 2)
+        file.write_bytes(b"behind")
+        return content + read_all(descriptor, size - len(content))
+
+    monkeypatch.setattr("blocks.reading.read_all", torn)
+    with pytest.raises(TrainerError, match="changed while it was staged"):
+        read_file(str(file), file.name)
+
+
+def test_a_file_written_just_before_it_was_read_is_read_again_however_long_it_waited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has been read waits for the store: by then the file looks old, but one more write in the same tick would not show."""
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/a.txt").write_bytes(b"written just now")
+    now = time.time_ns
+
+    def late(ahead: deque[tuple[Future[list[Read]] | str, int]]) -> tuple[list[Read] | str, int]:
+        taken = take_read(ahead)
+        monkeypatch.setattr(time, "time_ns", lambda: now() + 60 * 10**9)
+        return taken
+
+    monkeypatch.setattr("blocks.staging.take_read", late)
+    for _ in range(2):
+        assert stage_folder(tmp_path / "set", str(tmp_path / "store")).changed_files == 1
+
+
 # --- A store that is not as the cache remembers it -------------------------------------------------------
 
 
@@ -188,6 +224,54 @@ def test_a_store_that_has_the_same_version_and_other_packs_gets_what_it_lacks(
     assert again.version == second.version
     assert verify_version(str(store), again.version).files == 20
     assert stage_folder(root, str(store)).changed_files == 0
+
+
+def damage_first_file(pack: Path) -> None:
+    content = pack.read_bytes()
+    pack.write_bytes(content[:BLOCK] + bytes([content[BLOCK] ^ 1]) + content[BLOCK + 1 :])
+
+
+@pytest.mark.parametrize("mended_from", ["this home", "another home"])
+def test_a_version_that_lies_in_a_damaged_pack_names_what_was_sent_anew_once_it_is_staged_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mended_from: str
+) -> None:
+    """As a training stages some files of a folder, and the mend that is hinted at stages all: another version, and another pack."""
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+    root, store = tmp_path / "set", tmp_path / "store"
+    write_numbers(root, range(20))
+    wanted = sorted(path.name for path in root.iterdir())
+    (root / "notes.txt").write_bytes(b"nobody trains on this")
+    used = stage_folder(root, str(store), only=wanted)
+    [pack] = store.rglob("*.tar")
+    damage_first_file(pack)
+    with monkeypatch.context() as elsewhere:
+        if mended_from == "another home":
+            elsewhere.setenv("TRAINYARD_HOME", str(tmp_path / "other home"))
+        assert stage_folder(root, str(store), again=True).files == 21
+    assert stage_folder(root, str(store), only=wanted).version == used.version
+    assert verify_version(str(store), used.version).files == 20
+
+
+def test_a_manifest_that_was_mended_from_another_home_is_kept_and_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This home remembers of the version the pack that is damaged since."""
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+    root, store = tmp_path / "set", tmp_path / "store"
+    write_numbers(root, range(20))
+    first = stage_folder(root, str(store))
+    [pack] = store.rglob("*.tar")
+    write_numbers(root, range(100, 120))
+    stage_folder(root, str(store))
+    damage_first_file(pack)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TRAINYARD_HOME", str(tmp_path / "other home"))
+        elsewhere.setattr("blocks.uploads.PACK_BYTES", 2000)
+        for numbers in (range(20), range(100, 120)):
+            write_numbers(root, numbers)
+            stage_folder(root, str(store), again=numbers.start == 0)
+    for numbers in ([*range(20)], [*range(10), *range(200, 210)]):
+        write_numbers(root, numbers)
+        assert verify_version(str(store), stage_folder(root, str(store)).version).files == 20
+    assert verify_version(str(store), first.version).files == 20
 
 
 def damage_page(path: Path, content: bytes) -> None:

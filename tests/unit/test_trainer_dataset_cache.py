@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import random
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from trainer import dataset_cache
 from trainer.contract import ExitCode, TrainerError
 from trainer.dataset_cache import DatasetFolder, Entry, MemoryRoom, choose_evictions, choose_place, dataset_folder
 from trainer.memory import read_available_memory
+from trainer.packs import ManifestHeader, StagedFile, VersionHash, manifest_key, write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -217,6 +220,53 @@ def test_what_a_killed_fetch_or_deletion_left_is_deleted_too(cached: Any, tmp_pa
     write(tmp_path / "cache/.deleted-1/x", b"x")
     with cached(1, limit=60_000):
         assert sorted(path.name for path in (tmp_path / "cache").iterdir() if path.name in (half.name, ".deleted-1")) == []
+
+
+def write_manifest_of(store: Path, path: str, size: int) -> str:
+    """A version of one file, by its own word whole and right; the store has nothing of it."""
+    total = VersionHash()
+    total.add(path, bytes(32), size)
+    out = io.BytesIO()
+    header = ManifestHeader(version=total.hexdigest(), files=1, bytes=size, packs=())
+    write_manifest(out, header, [StagedFile(path, bytes(32), size, "", 0)])
+    write(store / manifest_key(header.version), out.getvalue())
+    return header.version
+
+
+@pytest.mark.parametrize("limit", [30_000, None])
+@pytest.mark.parametrize("lie", ["the header", "the header and a line"])
+def test_a_version_that_fits_on_no_disk_empties_no_cache(cached: Any, tmp_path: Path, lie: str, limit: int | None) -> None:
+    """Neither now nor, by the bytes that are remembered of it, with the next fetch."""
+    with cached(1):
+        pass
+    if lie == "the header":
+        version = write_store(tmp_path / "store", files(2), bytes=2**60)
+    else:
+        version = write_manifest_of(tmp_path / "store", "a", 2**60)
+    told = "its files are not those of the version" if lie == "the header" else "the disk is full"
+    options: dict[str, Any] = {"cache": tmp_path / "cache", "limit_bytes": limit, "scratch": tmp_path}
+    with pytest.raises(TrainerError, match=told), dataset_folder(str(tmp_path / "store"), version, **options):
+        raise AssertionError("it is refused")
+    for seed, fetched in ((3, 20), (1, 0)):
+        with cached(seed, limit=60_000) as found:
+            assert found.fetched_files == fetched
+
+
+def test_a_full_disk_has_room_where_an_unused_version_goes(cached: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def thirty_blocks(descriptor: int) -> Any:
+        """A disk of which 20 files of less than a block take two thirds."""
+        used = sum(file.is_file() and file.name.endswith(".jpg") for file in (tmp_path / "cache").rglob("*"))
+        return SimpleNamespace(f_frsize=4096, f_bavail=30 - used, f_files=0, f_favail=0)
+
+    monkeypatch.setattr(os, "fstatvfs", thirty_blocks)
+    with cached(1) as first:
+        pass
+    with pytest.raises(TrainerError, match="the disk is full"), cached(2, limit=45_000):
+        raise AssertionError("nothing has to go for the limit")
+    assert read_tree(first.folder) == files(1)
+    with cached(2, limit=25_000) as second:
+        assert read_tree(second.folder) == files(2)
+    assert not first.folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.fit_rig import epochs_of, make_attempt, make_dataset, start_fit, wait_until
+from tests.staged_store import write_store
 from trainer import task
 from trainer.checkpoint import hash_file, list_checkpoints, read_record
-from trainer.contract import ENV_HOME, AttemptLayout, ExitCode, ResultManifest
+from trainer.contract import ENV_HOME, AttemptLayout, ExitCode, ResultManifest, TrainerError
+from trainer.fetching import fetch_version
 from trainer.files import write_atomic
 from trainer.storage import ObjectFolder
 
@@ -78,6 +80,21 @@ def test_a_full_disk_is_found_inside_another_librarys_error() -> None:
     assert task.explain(wrapper).code == ExitCode.DISK_FULL
     assert "/out/x" in task.explain(wrapper).message
     assert task.explain(RuntimeError("write failed: No space left on device")).code == ExitCode.DISK_FULL
+
+
+@pytest.mark.parametrize(
+    ("options", "folders", "why"),
+    [("nr_inodes=60", 1, "more files and folders, and 101 are needed"), (f"size={SIZE_MIB}m", 200, "the disk is full")],
+)
+def test_folders_that_do_not_fit_are_refused_before_one_is_made(disk: Path, tmp_path: Path, options: str, folders: int, why: str) -> None:
+    """A file of one byte may need a hundred; a block each."""
+    mount(disk, "-o", f"remount,{options}")
+    version = write_store(tmp_path / "store", {f"{number}/{'d/' * 99}1.txt": b"x" for number in range(folders)})
+    for _ in ("first", "taken up again"):
+        with pytest.raises(TrainerError, match=why) as refused:
+            fetch_version(str(tmp_path / "store"), version, disk / "copy")
+        assert refused.value.code is ExitCode.DISK_FULL
+        assert list((disk / f"copy.partial-{version[:12]}").iterdir()) == []
 
 
 @needs_ultralytics

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import random
 import shutil
@@ -10,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies as st
 
 from tests.components import skip_or_fail
 from tests.staged_store import read_tree, write, write_store
 from trainer import fetching
 from trainer.contract import ExitCode, TrainerError
-from trainer.fetch_index import GAP_BYTES, PART_BYTES, FetchIndex, Wanted, cut_parts, wanted
-from trainer.fetching import fetch_version, read_header
+from trainer.fetch_index import PART_BYTES
+from trainer.fetching import fetch_version, read_header, read_version
 from trainer.file_tree import FileTree, NameRules, open_root
-from trainer.packs import InPlace, StagedFile, file_key
+from trainer.packs import ManifestHeader, file_key, manifest_key, write_manifest
 from trainer.ranges import FEWEST_STREAMS, MOST_STREAMS, next_streams
+from trainer.storage import open_store
 from trainer.verifying import verify_version
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,6 +108,21 @@ def test_a_copy_that_is_there_is_not_fetched_again(store: Path, tmp_path: Path, 
     assert read_tree(tmp_path / "copy") == {**SMALL, "large": LARGE, "large too": LARGE}
 
 
+def test_what_a_fetch_of_another_version_left_is_gone_on_with(store: Path, tmp_path: Path, reads: list[tuple[str, int, int]]) -> None:
+    """A name may mean a newer version when a fetch that was cut is repeated."""
+    old, older = (partial(tmp_path / "copy", letter * 64) for letter in "ab")
+    write(old / "large", LARGE)
+    write(old / "gone.txt", b"of the older version")
+    write(old / "a/1.txt", b"two")
+    write(older / "large", LARGE[1:])
+    os.utime(older, (1e9, 1e9))
+    write(tmp_path / "copy.partial-of mine/1", b"nobody else's")
+    fetch_version(str(store), write_store(store, SMALL, {"large": LARGE}), tmp_path / "copy")
+    assert read_tree(tmp_path / "copy") == {**SMALL, "large": LARGE}
+    assert [key for key, _, _ in reads if key.startswith("files/")] == [], "the large file was there"
+    assert left(tmp_path) == ["copy", "copy.partial-of mine"]
+
+
 def test_what_is_not_of_the_version_does_not_come_along(store: Path, tmp_path: Path) -> None:
     version = write_store(store, SMALL)
     folder = partial(tmp_path / "copy", version)
@@ -144,7 +160,7 @@ def test_a_file_that_was_damaged_since_is_found_though_its_size_is_right(store: 
             fetch_version(str(store), version, to, verified=memory)
         assert refused.value.code is ExitCode.OCCUPIED
     assert (to / name).read_bytes() == damaged
-    assert fetch_version(str(store), version, to, verified=verified, repair=lambda _: None).fetched_files == 1
+    assert fetch_version(str(store), version, to, verified=verified, repair=lambda *_: None).fetched_files == 1
     assert read_tree(to) == {**SMALL, "large": LARGE}
     assert fetch_version(str(store), version, to).fetched_files == 0
 
@@ -294,6 +310,25 @@ def test_a_manifest_without_end_is_not_read_into_memory(store: Path, tmp_path: P
         fetch_version(str(store), write_store(store, SMALL), tmp_path / "copy")
 
 
+def plant_chain(store: Path, length: int, **header: Any) -> str:
+    """A version whose manifest is the first of so many, each of which says nothing but the next."""
+    versions = [f"{number:064x}" for number in range(length)]
+    for version, base in zip(versions, [*versions[1:], None], strict=True):
+        out = io.BytesIO()
+        write_manifest(out, ManifestHeader(version=version, base=base, files=1, bytes=1, packs=(), **header), [])
+        write(store / manifest_key(version), out.getvalue())
+    return versions[0]
+
+
+@pytest.mark.parametrize(("length", "header"), [(17, {}), (16, {"sources": ("x" * 2**20,) * 5})])
+def test_what_a_chain_of_manifests_says_in_all_has_a_limit(store: Path, tmp_path: Path, length: int, header: dict[str, Any]) -> None:
+    """Each of these may be read by itself; their headers stay in memory together."""
+    with pytest.raises(TrainerError, match=r"the manifests of version .* name ") as refused:
+        read_version(open_store(str(store)), plant_chain(store, length, **header))
+    assert refused.value.code is ExitCode.DATA
+    assert read_version(open_store(str(store)), plant_chain(store, 16))[0].files == 1
+
+
 @pytest.mark.parametrize(
     ("rules", "names"),
     [
@@ -324,35 +359,7 @@ def test_a_second_file_of_the_same_name_is_refused_in_any_case(tmp_path: Path) -
     assert (tmp_path / "a").read_bytes() == b"first"
 
 
-# --- Planning --------------------------------------------------------------------------------------------
-
-FILES = st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 3 * GAP_BYTES), st.integers(0, PART_BYTES + GAP_BYTES)), max_size=20)
-
-
-@given(FILES)
-def test_parts_hold_each_file_once_and_are_no_longer_than_needed(places: list[tuple[str, int, int]]) -> None:
-    files = sorted(Wanted(key, offset, bytes(32), str(number), size) for number, (key, offset, size) in enumerate(places))
-    parts = list(cut_parts(files))
-    assert sorted(file for part in parts for file in part.files) == files
-    for part in parts:
-        assert all(file.key == part.key and part.start <= file.offset and file.offset + file.size <= part.end for file in part.files)
-        assert not part.is_large or len({(file.offset, file.size) for file in part.files}) == 1
-        assert (part.start, part.end) == (part.files[0].offset, max(file.offset + file.size for file in part.files))
-
-
-def test_the_index_sorts_by_object_and_leaves_nothing(tmp_path: Path) -> None:
-    digest = hashlib.sha256(b"").digest()
-    files = [StagedFile(f"{pack}{offset}", digest, 1, pack * 64, offset) for offset in (3, 1, 2) for pack in ("b", "a")]
-    lent = StagedFile("z", digest, 1, "", 0, InPlace("s3://bucket/images", "z.jpg"))
-    (tmp_path / "index").write_text("of a fetch that was killed")
-    index = FetchIndex(tmp_path / "index")
-    index.fill([*files, lent])
-    assert list(index.files()) == sorted(map(wanted, files))
-    assert list(index.files_in_place()) == [lent]
-    index.sort_paths()
-    assert (index.has("a1"), index.has("z"), index.has("a9")) == (True, True, False)
-    index.close()
-    assert list(tmp_path.iterdir()) == []
+# --- Pace, and what is missing ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ from hypothesis import given, strategies as st
 from trainer.contract import TrainerError
 from trainer.packs import (
     END,
+    DamagedManifest,
     ManifestHeader,
     StagedFile,
     VersionHash,
     check_path,
     check_version,
     merge_manifests,
-    merge_ranges,
     open_manifest,
     pack_id,
     padding,
@@ -81,7 +81,7 @@ def test_a_manifest_comes_back_as_it_was_written() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/.", "", "a\0b", "x" * 256, "a/" * 2048 + "b", "\ud800"]
+    "path", ["/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/.", "", "a\0b", "x" * 256, "a/" * 2048 + "b", "a/" * 128 + "b", "\ud800"]
 )
 def test_paths_that_lead_out_are_refused(path: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - any
@@ -126,6 +126,27 @@ def test_what_is_no_manifest_of_the_version_is_refused(data: bytes) -> None:
         list(open_manifest(data, VERSION)[1])
 
 
+def test_a_byte_that_rotted_anywhere_in_a_manifest_is_told_as_damage() -> None:
+    """Most lie within what is compressed, where gzip passes on what zlib raises."""
+    out = io.BytesIO()
+    write_manifest(out, header(), [staged(f"{number:03d}.jpg") for number in range(20)])
+    whole = out.getvalue()
+    for place in range(10, len(whole)):  # behind gzip's header, which says nothing of the content
+        with pytest.raises(DamagedManifest):
+            list(open_manifest(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :], VERSION)[1])
+
+
+NESTED = "[" * 16_000
+
+
+@pytest.mark.parametrize(
+    "lines", [f'{{"unknown": {NESTED}', msgspec.json.encode(header()).decode() + "\n" + NESTED], ids=["header", "line"]
+)
+def test_lists_in_lists_without_end_are_told_as_damage(lines: str) -> None:
+    with pytest.raises(DamagedManifest):
+        list(open_manifest(gzip.compress(lines.encode()), VERSION)[1])
+
+
 def test_a_manifest_that_lists_more_than_it_promises_is_refused_before_it_is_through() -> None:
     files = iter([staged("a", 600), staged("b", 600), staged("c", 600)])
     seen: list[str] = []
@@ -164,9 +185,3 @@ def test_the_version_is_the_one_of_the_dataset_index() -> None:
     for path in ("a", "a-b", "a/b"):
         total.add(path, digest(path), 1)
     assert total.hexdigest() == dataset_version((path, digest(path).hex()) for path in ("a/b", "a", "a-b"))
-
-
-def test_ranges_are_joined_over_small_gaps() -> None:
-    assert merge_ranges([(0, 10), (12, 20), (100, 110)], gap=5) == [(0, 20), (100, 110)]
-    assert merge_ranges([(5, 6), (0, 10)], gap=1) == [(0, 10)]
-    assert merge_ranges([], gap=5) == []
