@@ -161,7 +161,7 @@ def cancel_run(
         return ended
     ref = record.ref(attempt)
     if ref is None:
-        return _cancel_unsubmitted(record, attempt)
+        return cancel_unsubmitted(provider_of(record), record, attempt)
     provider = provider_of(record)
     provider.cancel(ref)
     deadline = time.monotonic() + wait_seconds
@@ -174,11 +174,10 @@ def cancel_run(
         sleep(STOP_LOOK_SECONDS)
 
 
-def _cancel_unsubmitted(record: RunRecord, attempt: int) -> Outcome | None:
+def cancel_unsubmitted(provider: Provider[Any], record: RunRecord, attempt: int) -> Outcome | None:
     """A plan without a recorded job: a submitter may have died between the two, so the provider is asked first."""
     plan = record.plan(attempt)
     assert plan is not None, "an attempt has a plan"
-    provider = provider_of(record)
     ref = provider.find(plan)
     if ref is None:
         return close_unsubmitted(record, attempt)

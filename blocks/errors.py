@@ -65,6 +65,7 @@ class MissingExtra(TrainyardError):
 
 class ProviderError(TrainyardError):
     exit_code: ClassVar[ExitCode] = ExitCode.UNEXPECTED
+    refused: bool = False  # of a submission: the provider has looked at the job and did not create it
 
     def __init__(self, message: str, *, provider: str = "", run_id: str = "", hint: str = "", code: ExitCode | None = None) -> None:
         super().__init__(message, hint=hint, code=code if code is not None else self.exit_code)

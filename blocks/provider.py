@@ -19,7 +19,16 @@ from pydantic import JsonValue, ValidationError
 
 from blocks.attempt_objects import parse_exit, read_exit, read_progress
 from blocks.credentials import AccessRef
-from blocks.errors import ConfigError, JobNotFound, PlanChanged as PlanChangedError, ProviderError, ResultMissing, ServiceUnavailable
+from blocks.errors import (
+    AuthError,
+    ConfigError,
+    JobNotFound,
+    PlanChanged as PlanChangedError,
+    ProviderError,
+    QuotaError,
+    ResultMissing,
+    ServiceUnavailable,
+)
 from blocks.job import (
     Capabilities,
     CheckReport,
@@ -151,19 +160,10 @@ class Provider(ABC, Generic[Settings]):
     def submit(self, plan: Plan) -> JobRef:
         """Finds the job of this run and attempt, or creates it: at most one, however often and from wherever it is called.
 
-        Raises PlanChanged where the job that is there was made from another request, ConfigError for a draft.
+        Raises PlanChanged where the job that is there was made from another request, ConfigError for a draft. Only an error that is
+        `refused` says that there is no job: one of another call may hide a job that was made before.
         """
-        if self.CAPABILITIES.needs_image and plan.spec.image is None:
-            raise ConfigError("this plan is a draft: it names no image", provider=self.NAME, run_id=plan.spec.run_id)
-        with self._translated(plan.spec.run_id):
-            found = self._find(plan)
-            if found is None:
-                try:
-                    found = self._create(plan)
-                except AlreadyExists as exc:
-                    found = self._find(plan)
-                    if found is None:
-                        raise ServiceUnavailable(f"the job was not created: {exc}", hint="the log of the attempt may tell why") from exc
+        found = self.find(plan) or self._create_or_find(plan)
         if found.fingerprint != plan.fingerprint:
             raise PlanChangedError(
                 f"attempt {plan.spec.attempt} of run {plan.spec.run_id} already has a job from another request",
@@ -177,6 +177,21 @@ class Provider(ABC, Generic[Settings]):
         """The job of the plan's run and attempt, if there is one."""
         with self._translated(plan.spec.run_id):
             return self._find(plan)
+
+    def _create_or_find(self, plan: Plan) -> JobRef:
+        try:
+            if self.CAPABILITIES.needs_image and plan.spec.image is None:
+                raise ConfigError("this plan is a draft: it names no image", provider=self.NAME, run_id=plan.spec.run_id)
+            with self._translated(plan.spec.run_id):
+                return self._create(plan)
+        except (AuthError, ConfigError, QuotaError) as exc:
+            exc.refused = True
+            raise
+        except AlreadyExists as exc:
+            found = self.find(plan)
+            if found is None:
+                raise ServiceUnavailable(f"the job was not created: {exc}", hint="the log of the attempt may tell why") from exc
+            return found
 
     @abstractmethod
     def poll(self, ref: JobRef) -> JobStatus:
@@ -302,7 +317,10 @@ class Provider(ABC, Generic[Settings]):
 
     @abstractmethod
     def _create(self, plan: Plan) -> JobRef:
-        """Creates the job. Raises AlreadyExists where the key is taken or the answer is unclear; never retries."""
+        """Creates the job. Raises AlreadyExists where the key is taken or the answer is unclear; never retries.
+
+        Any AuthError, ConfigError or QuotaError, also a translated one, means that nothing was created: the attempt is closed by it.
+        """
 
     def _translate(self, exc: Exception) -> ProviderError | None:
         """The error of our tree for one of the SDK's; None for what is not an SDK's."""

@@ -15,7 +15,7 @@ from prefect import get_run_logger, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import exponential_backoff
 
-from blocks.attempts import close, close_unsubmitted
+from blocks.attempts import cancel_unsubmitted, close, close_unsubmitted
 from blocks.credentials import public_endpoint
 from blocks.dataset_sources import (
     EndpointOf,
@@ -30,7 +30,7 @@ from blocks.dataset_sources import (
     stage_index,
     unpin,
 )
-from blocks.errors import AuthError, ConfigError, PlanChanged, QuotaError, RunCancelled, is_transient
+from blocks.errors import ConfigError, PlanChanged, RunCancelled, TerminalError, is_transient
 from blocks.job import JobRef, JobSpec, JobState, JobStatus, Plan, TrainRequest
 from blocks.naming import display_name
 from blocks.outputs import note_seen, remember_output
@@ -229,14 +229,16 @@ def submit_job(provider: Provider[Any], record: RunRecord, plan: Plan) -> JobRef
     ref = record.ref(plan.spec.attempt)
     asked = record.cancel_request(plan.spec.attempt)
     if ref is None and asked is not None:
-        close_unsubmitted(record, plan.spec.attempt)
-        raise RunCancelled(f"run {record.run_id} was cancelled by {asked.asked_by} before it was submitted")
+        cancel_unsubmitted(provider, record, plan.spec.attempt)
+        ref = record.ref(plan.spec.attempt)  # of a job that an earlier submitter made, and that is now to be seen through
+        if ref is None:
+            raise RunCancelled(f"run {record.run_id} was cancelled by {asked.asked_by} before it was submitted")
     if ref is None:
         try:
             ref = provider.submit(plan)
-        except (QuotaError, ConfigError, AuthError) as exc:
-            # Refused for good, and nothing was created: the attempt is over, not open for ever.
-            close_unsubmitted(record, plan.spec.attempt, state=JobState.FAILED, error=exc)
+        except TerminalError as exc:
+            if exc.refused:  # for good, and nothing was created: the attempt is over, not open for ever
+                close_unsubmitted(record, plan.spec.attempt, state=JobState.FAILED, error=exc)
             raise
         record.write_ref(ref)
         record.add_event("submitted", f"attempt {ref.attempt} is job {ref.native_id}", native_id=ref.native_id)

@@ -195,7 +195,10 @@ class KubernetesProvider(Provider[KubernetesSettings]):
             if exc.unsent:
                 raise
             raise AlreadyExists(f"the API server's answer was lost ({exc})") from exc
-        return parse_ref(job, self.cluster.host) or refuse_stranger(job)
+        ref = parse_ref(job, self.cluster.host)
+        if ref is None:  # what it lacks, something in the cluster took from it
+            raise AlreadyExists(f"Job {job['metadata']['name']} is there, without the labels or annotations that it was sent with")
+        return ref
 
     def _write_note(self, plan: Plan) -> None:
         """The config that the Job's container reads, and the word that a Job is about to be created."""

@@ -1,0 +1,105 @@
+"""One Job per attempt, whatever the API server says when it is asked again. It is a small one of the tests' own; the bucket is S3's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from prefect.logging import disable_run_logger
+
+from blocks.errors import AuthError, ConfigError, RunCancelled
+from blocks.job import JobRef, JobState, Plan
+from blocks.providers.kubernetes_job import KubernetesProvider
+from blocks.record import CancelRequest, RunRecord
+from flows.job_tasks import submit_job
+from tests.faults import Fault, FaultProxy, running_proxy
+from tests.kubernetes_api import KubernetesApi, running_api, status_of
+from tests.stores import StoreServer, new_store
+from tests.unit.test_blocks_kubernetes_request import make_spec
+
+NAMESPACE = "vision"
+
+
+@dataclass
+class Place:
+    """A cluster, a proxy before it, and the record of a run there whose first attempt is planned."""
+
+    api: KubernetesApi
+    proxy: FaultProxy
+    record: RunRecord
+    plan: Plan = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plan = self.record.write_plan(self.make_plan())
+
+    def make_plan(self, attempt: int = 1) -> Plan:
+        store = make_spec().dataset.model_copy(update={"store_uri": f"{self.record.output_uri}/data"})
+        spec = make_spec(run_id=self.record.run_id, attempt=attempt, output_uri=self.record.output_uri, dataset=store)
+        return self.provider().plan(spec)
+
+    def provider(self, **changes: Any) -> KubernetesProvider:
+        settings = {"api_server": self.proxy.address, "token": "t", "namespace": NAMESPACE, **changes}
+        return KubernetesProvider.from_settings(settings)
+
+    def submit(self, provider: KubernetesProvider | None = None, plan: Plan | None = None) -> JobRef:
+        """As the flow does."""
+        with disable_run_logger():
+            return submit_job.fn(provider or self.provider(), self.record, plan or self.plan)
+
+    @property
+    def name(self) -> str:
+        return f"ty-{self.record.run_id}-1"
+
+
+@pytest.fixture
+def place(s3: StoreServer, monkeypatch: pytest.MonkeyPatch, no_cloud: None) -> Iterator[Place]:
+    store = new_store(s3, monkeypatch)
+    with running_api() as api, running_proxy(api.address) as proxy:
+        yield Place(api, proxy, RunRecord(store, "once1234"))
+
+
+def test_a_login_that_ends_does_not_close_the_attempt_whose_job_trains(place: Place) -> None:
+    """The flow died before it wrote down which Job it had made."""
+    made = place.provider().submit(place.plan)
+    place.proxy.add(Fault("refuse", "GET", "/jobs/ty-", status=401))
+    with pytest.raises(AuthError):
+        place.submit()
+    assert place.record.outcome(1) is None
+    assert place.submit() == made == place.record.ref(1)
+    assert place.api.created == [f"{NAMESPACE}/{place.name}"]
+
+
+def test_a_job_that_was_refused_closes_the_attempt(place: Place) -> None:
+    place.api.refusal = status_of(403, "Forbidden", "jobs.batch is forbidden: no right")
+    with pytest.raises(AuthError, match="not allowed to create jobs"):
+        place.submit()
+    outcome = place.record.outcome(1)
+    assert outcome is not None
+    assert (outcome.state, place.api.created) == (JobState.FAILED, [])
+
+
+def test_a_job_that_the_cluster_changed_out_of_sight_is_no_refusal(place: Place) -> None:
+    place.api.strips_annotations = True
+    with pytest.raises(ConfigError, match="has not made"):
+        place.submit()
+    assert place.record.outcome(1) is None, "it trains"
+
+
+def test_a_wish_to_stop_finds_the_job_that_nobody_wrote_down(place: Place) -> None:
+    place.provider().submit(place.plan)
+    place.record.request_cancel(CancelRequest(attempt=1, asked_by="me"))
+    assert place.submit().native_id == place.name
+    receipt = place.record.receipt(1)
+    assert receipt is not None
+    assert (receipt.state, place.api.jobs) == (JobState.CANCELLED, {})
+
+
+def test_a_wish_to_stop_what_was_never_submitted_needs_no_job(place: Place) -> None:
+    place.record.request_cancel(CancelRequest(attempt=1, asked_by="me"))
+    with pytest.raises(RunCancelled, match="by me before it was submitted"):
+        place.submit()
+    outcome = place.record.outcome(1)
+    assert outcome is not None
+    assert (outcome.state, place.api.created) == (JobState.CANCELLED, [])
