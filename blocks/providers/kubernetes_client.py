@@ -27,7 +27,6 @@ from blocks.errors import (
     ServiceUnavailable,
     TrainyardError,
 )
-from blocks.job import JobRef
 from blocks.providers.kubernetes_objects import Object, child, children, word
 from blocks.providers.kubernetes_settings import KubernetesSettings, is_pem
 
@@ -332,12 +331,11 @@ def translate_refusal(exc: ApiError, settings: KubernetesSettings) -> ProviderEr
     return ConfigError(f"the API server answered {exc.status}: {exc.message}", hint="check api_server")
 
 
-def made_elsewhere(ref: JobRef, host: str) -> ConfigError:
+def made_elsewhere(name: str, made_at: str, host: str) -> ConfigError:
     """Of a Job that is not here and was made at another address. One cluster may have several, but so have two: a Job that were
     taken for lost would be made again, or never stopped, while it runs there."""
-    made_at = "{0.scheme}://{0.netloc}".format(urlsplit(ref.console_url))
     return ConfigError(
-        f"{host} has no Job {ref.native_id}, which was made at {made_at}: that may be another cluster",
+        f"{host} has no Job {name}, which was made at {made_at}: that may be another cluster",
         hint="use the kubeconfig or context of that cluster; nothing was changed",
     )
 

@@ -180,7 +180,7 @@ class KubernetesProvider(Provider[KubernetesSettings]):
             job = self._get_job(name, namespace)  # what was seen of it may be of one that another submitter has just made
             if job is None:
                 known = note.fingerprint, note.created_at
-                return build_ref(spec.run_id, spec.attempt, name, namespace, spec.attempt_uri, *known, self.cluster.host)
+                return build_ref(spec.run_id, spec.attempt, name, namespace, spec.attempt_uri, *known, note.host or self.cluster.host)
         return parse_ref(job, self.cluster.host) or refuse_stranger(job)
 
     def _create(self, plan: Plan) -> JobRef:
@@ -213,6 +213,7 @@ class KubernetesProvider(Provider[KubernetesSettings]):
             keep_seconds=self.settings.keep_seconds,
             usd_per_hour=plan.price.usd_per_hour if plan.price is not None else None,
             created_at=utc_now(),
+            host=self.cluster.host,
         )
         objects.create(SUBMISSION, note.model_dump_json(indent=1).encode())
 
@@ -296,7 +297,7 @@ class KubernetesProvider(Provider[KubernetesSettings]):
             made_at=note.created_at if note is not None and count_containers(objects) > 1 else None,
         )
         if status is None and not ref.console_url.startswith(f"{self.cluster.host}/"):
-            raise made_elsewhere(ref, self.cluster.host)
+            raise made_elsewhere(ref.native_id, ref.console_url.partition("/apis/")[0], self.cluster.host)
         if status is None:
             raise JobNotFound(
                 f"namespace {ref.scope} has no Job {ref.native_id}, and it left no word of its end",
@@ -305,8 +306,13 @@ class KubernetesProvider(Provider[KubernetesSettings]):
         return status
 
     def _was_removed(self, note: Submission, objects: ObjectFolder) -> bool:
-        """Whether a Job that is not there has been: its trainer wrote, its time to live may have ended, or the cluster tells of it."""
+        """Whether a Job that is not there has been: its trainer wrote, its time to live may have ended, or the cluster tells of it.
+
+        Raises `made_elsewhere` where another address was asked to make it, and nothing tells whether it did.
+        """
         written = any(objects.get(name) is not None for name in (AttemptLayout.EXIT, AttemptLayout.PROGRESS, AttemptLayout.STOP))
+        if not written and note.host not in ("", self.cluster.host):
+            raise made_elsewhere(note.name, note.host, self.cluster.host)
         if written or seconds_between(note.created_at, utc_now()) >= note.keep_seconds:
             return True
         # Events outlive their object, by default for an hour: those of a Job that a hand deleted before its trainer said a word.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from pydantic import AwareDatetime
+from pydantic import AwareDatetime, Field
 
 from blocks.errors import ConfigError
 from blocks.job import JobRef
@@ -26,6 +26,7 @@ class Submission(StoredRecord):
     keep_seconds: int
     usd_per_hour: float | None = None
     created_at: AwareDatetime
+    host: str = Field(default="", description="Address of the API server that is asked to create it.")
 
 
 def parse_ref(job: Object, host: str) -> JobRef | None:

@@ -18,6 +18,7 @@ from tests.faults import Fault, FaultProxy, running_proxy
 from tests.kubernetes_api import KubernetesApi, running_api, status_of
 from tests.stores import StoreServer, new_store
 from tests.unit.test_blocks_kubernetes_request import make_spec
+from trainer.contract import EXIT_REASONS, AttemptLayout, ExitRecord, utc_now
 
 NAMESPACE = "vision"
 
@@ -47,6 +48,11 @@ class Place:
         """As the flow does."""
         with disable_run_logger():
             return submit_job.fn(provider or self.provider(), self.record, plan or self.plan)
+
+    def end(self, exit_code: int) -> None:
+        """As the trainer's last word."""
+        word = ExitRecord(exit_code=exit_code, reason=EXIT_REASONS.get(exit_code), started_at=utc_now(), ended_at=utc_now())
+        self.record.folder.put(f"attempts/1/{AttemptLayout.EXIT}", word.model_dump_json().encode())
 
     @property
     def name(self) -> str:
@@ -103,3 +109,17 @@ def test_a_wish_to_stop_what_was_never_submitted_needs_no_job(place: Place) -> N
     outcome = place.record.outcome(1)
     assert outcome is not None
     assert (outcome.state, place.api.created) == (JobState.CANCELLED, [])
+
+
+def test_a_job_that_another_cluster_may_have_is_not_made_in_this_one(place: Place) -> None:
+    """The flow died before it wrote down where, and the context is another one now: two Jobs would take the attempt from each other."""
+    place.provider().submit(place.plan)
+    with running_api() as other:
+        elsewhere = place.provider(api_server=other.address)
+        with pytest.raises(ConfigError, match=f"was made at {place.proxy.address}: that may be another cluster"):
+            place.submit(elsewhere)
+        assert (other.created, place.record.outcome(1)) == ([], None)
+        place.end(0)
+        ref = place.submit(elsewhere)
+        assert ref.console_url.startswith(place.proxy.address)
+        assert (other.created, elsewhere.poll(ref).state) == ([], JobState.SUCCEEDED)
