@@ -37,8 +37,9 @@ STARTED_AT = f"{OWN_PREFIX}started-at"  # noted when it is cancelled: a suspende
 # What may differ between two submissions of one plan.
 VOLATILE = (FLOW_RUN, PRICE, FINGERPRINT)
 
-# What counts for nothing: the pod was told to stop, and saved; or another container has the attempt, which a failed Job would stop.
-IGNORED_EXITS = (int(ExitCode.PREEMPTED), int(ExitCode.SUPERSEDED))
+# What counts for nothing: the pod was told to stop, and saved. What counts is a pod that lost the attempt to another container: a machine
+# that lived on unseen is a disruption by then, and of two Jobs of one attempt each would take it back from the other without end.
+IGNORED_EXITS = (int(ExitCode.PREEMPTED),)
 # Another machine would end the same way. 137 without a disruption is the kernel's, for want of memory.
 FATAL = (*sorted(int(code) for code in FATAL_EXITS), 137)
 MARGIN_SECONDS = 5  # from the trainer's own end to SIGKILL

@@ -123,8 +123,9 @@ def test_golden_request(case: str) -> None:
 
 def test_every_exit_code_has_its_place_in_the_failure_policy() -> None:
     """A code that is new to the trainer must not be retried for ever, nor fail what goes on elsewhere."""
-    counted = {int(ExitCode.OK), int(ExitCode.UNAVAILABLE)}
+    counted = {int(ExitCode.OK), int(ExitCode.UNAVAILABLE), int(ExitCode.SUPERSEDED)}
     assert not set(FATAL_EXITS) & {*IGNORED_EXITS, *counted}
+    assert not set(IGNORED_EXITS) & counted, "or two Jobs of one attempt take it from each other without end"
     assert {int(code) for code in ExitCode} - counted <= {*FATAL_EXITS, *IGNORED_EXITS}
 
 
