@@ -37,7 +37,7 @@ class KubernetesApi:
     def answer(self, method: str, path: str, query: dict[str, str], body: Object) -> tuple[int, Object]:
         match path.strip("/").split("/"):
             case ["apis", "batch", "v1", "namespaces", namespace, "jobs"] if method == "POST":
-                return self.create(namespace, body)
+                return self.create(namespace, body, dry_run="dryRun" in query)
             case ["apis", "batch", "v1", "namespaces", namespace, "jobs", name]:
                 return self.act(method, (namespace, name), body)
             case ["api", "v1", "namespaces", namespace, "pods"] if method == "GET":
@@ -50,7 +50,7 @@ class KubernetesApi:
             case _:
                 return status_of(501, "NotImplemented", f"{method} {path}")
 
-    def create(self, namespace: str, body: Object) -> tuple[int, Object]:
+    def create(self, namespace: str, body: Object, *, dry_run: bool) -> tuple[int, Object]:
         metadata = body["metadata"]
         if self.refusal is not None:
             return self.refusal
@@ -59,6 +59,8 @@ class KubernetesApi:
         key = namespace, metadata["name"]
         if key in self.jobs:
             return status_of(409, "AlreadyExists", f"jobs.batch {key[1]!r} already exists")
+        if dry_run:
+            return 201, body
         if self.strips_annotations:
             metadata["annotations"] = {}
         self.jobs[key] = {**body, "metadata": {**metadata, "creationTimestamp": f"{utc_now():%Y-%m-%dT%H:%M:%SZ}"}, "status": {}}

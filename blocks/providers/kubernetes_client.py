@@ -297,12 +297,14 @@ def translate_silence(exc: NoAnswer) -> ProviderError:
 
 
 def translate_refusal(exc: ApiError, settings: KubernetesSettings) -> ProviderError:
-    where = f"in namespace {settings.namespace}"
+    asked = re.search("/namespaces/([^/]+)", exc.path)
+    namespace = asked[1] if asked else settings.namespace  # a run's may be another than the profile's of today
+    where = f"in namespace {namespace}"
     if exc.status == 401:
         hint = "get a new token (`kubectl create token ...`), or log in to the cloud again, and put it in the profile"
         return AuthError("the API server does not know this token, or it has expired", hint=hint)
     if exc.status == 403 and "exceeded quota" in exc.message:
-        return QuotaError(exc.message, hint=f"kubectl describe resourcequota -n {settings.namespace}")
+        return QuotaError(exc.message, hint=f"kubectl describe resourcequota -n {namespace}")
     if exc.status == 403 and re.search("denied (the )?request", exc.message):  # by a webhook or an admission policy
         hint = "give the profile what it asks for: labels, annotations, or pod_patch"
         return ConfigError(f"a policy of the cluster refuses it: {exc.message}", hint=hint)
@@ -312,7 +314,7 @@ def translate_refusal(exc: ApiError, settings: KubernetesSettings) -> ProviderEr
         hint = "apply deployments/kubernetes/rbac.yaml, or have somebody give the identity that right"
         return AuthError(f"not allowed to {verb} {resource} {where}: {exc.message}", hint=hint)
     if exc.status == 404 and exc.details.get("kind") == "namespaces":
-        return ConfigError(f"there is no namespace {settings.namespace!r}", hint=f"kubectl create namespace {settings.namespace}")
+        return ConfigError(f"there is no namespace {namespace!r}", hint=f"kubectl create namespace {namespace}")
     if exc.status == 404 and exc.path.endswith("/jobs"):
         return ConfigError(f"this API server has no batch/v1 Jobs ({exc.path})", hint="check api_server")
     if exc.status == 404:

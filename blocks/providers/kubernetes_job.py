@@ -68,7 +68,7 @@ class KubernetesProvider(Provider[KubernetesSettings]):
         if plan.spec.image is None:
             set_image(job, EXAMPLE_IMAGE)
         with self._translated(plan.spec.run_id):
-            self.cluster.call("POST", self._jobs, body=job, query={"dryRun": "All", **STRICT})
+            self.cluster.call("POST", self._jobs_in(plan.region), body=job, query={"dryRun": "All", **STRICT})
 
     def pending_limits(self) -> Mapping[Waiting, float]:
         return {Waiting.MENDING: self.settings.mending_limit_seconds, Waiting.MACHINE: self.settings.pending_limit_seconds}
@@ -87,7 +87,7 @@ class KubernetesProvider(Provider[KubernetesSettings]):
             pods: dict[str, list[Object]] = {}
             for pod in self._list(f"/api/v1/namespaces/{self.settings.namespace}/pods", MANAGED):
                 pods.setdefault(word(pod, "metadata", "labels", "batch.kubernetes.io/job-name"), []).append(pod)
-            for job in self._list(self._jobs, MANAGED):
+            for job in self._list(self._jobs_in(self.settings.namespace), MANAGED):
                 ref = parse_ref(job, self.cluster.host)
                 if ref is not None:
                     yield ref, parse_status(self._look(job, self.objects(ref.output_uri), pods.get(ref.native_id, [])))
@@ -170,7 +170,8 @@ class KubernetesProvider(Provider[KubernetesSettings]):
 
     def _find(self, plan: Plan) -> JobRef | None:
         spec = plan.spec
-        name, namespace = job_name(spec.run_id, spec.attempt), self.settings.namespace
+        # The plan's, which its Job names: the profile's may be another one by now.
+        name, namespace = job_name(spec.run_id, spec.attempt), plan.region
         job = self._get_job(name, namespace)
         if job is None:
             objects = self.objects(spec.attempt_uri)
@@ -208,7 +209,7 @@ class KubernetesProvider(Provider[KubernetesSettings]):
         write_job(objects, config)
         note = Submission(
             name=job_name(spec.run_id, spec.attempt),
-            namespace=self.settings.namespace,
+            namespace=plan.region,
             fingerprint=plan.fingerprint,
             keep_seconds=self.settings.keep_seconds,
             usd_per_hour=plan.price.usd_per_hour if plan.price is not None else None,
@@ -218,19 +219,19 @@ class KubernetesProvider(Provider[KubernetesSettings]):
         objects.create(SUBMISSION, note.model_dump_json(indent=1).encode())
 
     def _post_job(self, plan: Plan) -> Object:
-        return self.cluster.call("POST", self._jobs, body=with_fingerprint(plan.request, plan.fingerprint), query=STRICT)
+        return self.cluster.call("POST", self._jobs_in(plan.region), body=with_fingerprint(plan.request, plan.fingerprint), query=STRICT)
 
     def _translate(self, exc: Exception) -> ProviderError | None:
         return translate(exc, self.settings)
 
     # --- The world ------------------------------------------------------------------------------------
 
-    @property
-    def _jobs(self) -> str:
-        return f"/apis/batch/v1/namespaces/{self.settings.namespace}/jobs"
+    @staticmethod
+    def _jobs_in(namespace: str) -> str:
+        return f"/apis/batch/v1/namespaces/{namespace}/jobs"
 
     def _job_path(self, name: str, namespace: str) -> str:
-        return f"/apis/batch/v1/namespaces/{namespace or self.settings.namespace}/jobs/{quote(name)}"
+        return f"{self._jobs_in(namespace or self.settings.namespace)}/{quote(name)}"
 
     def _get_job(self, name: str, namespace: str) -> Object | None:
         return self._tolerate_missing("GET", self._job_path(name, namespace))

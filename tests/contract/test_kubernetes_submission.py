@@ -123,3 +123,15 @@ def test_a_job_that_another_cluster_may_have_is_not_made_in_this_one(place: Plac
         ref = place.submit(elsewhere)
         assert ref.console_url.startswith(place.proxy.address)
         assert (other.created, elsewhere.poll(ref).state) == ([], JobState.SUCCEEDED)
+
+
+def test_the_namespace_is_the_plans_whatever_the_profile_says_by_now(place: Place) -> None:
+    moved = place.provider(namespace="other")
+    moved.check_plan(place.plan)
+    place.api.refusal = status_of(403, "Forbidden", "jobs.batch is forbidden: no right")
+    with pytest.raises(AuthError, match=f"create jobs in namespace {NAMESPACE}"):
+        moved.submit(place.plan)
+    place.api.refusal = None
+    ref = place.submit(moved)
+    assert (ref.scope, place.api.created) == (NAMESPACE, [f"{NAMESPACE}/{place.name}"])
+    assert moved.find(place.plan) == ref
