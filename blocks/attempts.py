@@ -20,6 +20,7 @@ from trainer.contract import EXIT_REASONS, ExitCode, TrainyardError
 STOP_WAIT_SECONDS = 20.0
 STOP_LOOK_SECONDS = 0.3
 DEADLINE = "deadline"  # who asked, where nobody did
+RESUMES = "resumes"  # an object for each flow run of a person who resumes: the number of the attempt that it may begin
 
 
 class Action(StrEnum):
@@ -82,9 +83,21 @@ def provider_of(record: RunRecord) -> Provider[Any]:
 def may_resume(record: RunRecord, flow_run_id: str) -> bool:
     """Whether this flow run's wish to resume still stands: it is good for one attempt, however often the flow is repeated."""
     attempts = record.attempts()
-    name = f"resumes/{flow_run_id}"
+    name = f"{RESUMES}/{flow_run_id}"
     record.folder.create(name, str(len(attempts) + 1).encode())
     return len(attempts) < int(record.folder.get(name) or b"0")
+
+
+def find_wish(record: RunRecord, attempt: int) -> CancelRequest | None:
+    """Who wants an attempt that is not submitted stopped: also who meant the one before it, when this one was about to be planned.
+
+    One that a person began by `resume` is not meant by what stopped the one before.
+    """
+    asked = record.cancel_request(attempt)
+    if asked is None and attempt > 1 and (asked := record.cancel_request(attempt - 1)) is not None:
+        wishes = (record.folder.get(f"{RESUMES}/{name}") for name in record.folder.names(RESUMES))
+        return None if str(attempt).encode() in wishes else asked
+    return asked
 
 
 def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobStatus) -> Outcome:
@@ -150,11 +163,15 @@ def cancel_run(
     job did not end within `wait_seconds`; the intent stands, and whoever watches the run sees it through.
     Repeating it is fine, and so is another process doing the same.
     """
-    attempts = record.attempts()
-    attempt = attempts[-1] if attempts else 1
-    if attempts and (ended := record.outcome(attempt)) is not None and ended.state is JobState.SUCCEEDED:
-        return ended
-    record.request_cancel(CancelRequest(attempt=attempt, asked_by=asked_by, why=why))
+    while True:
+        attempts = record.attempts()
+        attempt = attempts[-1] if attempts else 1
+        if attempts and (ended := record.outcome(attempt)) is not None and ended.state is JobState.SUCCEEDED:
+            return ended
+        record.request_cancel(CancelRequest(attempt=attempt, asked_by=asked_by, why=why))
+        # A flow may have planned the next attempt meanwhile. It looks for the wish after that, so that one of the two sees the other.
+        if record.attempts() == attempts:
+            break
     if not attempts:
         return None
     if (ended := record.outcome(attempt)) is not None:  # between two attempts: nothing runs, and now nothing follows

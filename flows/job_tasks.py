@@ -15,7 +15,7 @@ from prefect import get_run_logger, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import exponential_backoff
 
-from blocks.attempts import cancel_unsubmitted, close, close_unsubmitted
+from blocks.attempts import cancel_unsubmitted, close, close_unsubmitted, find_wish
 from blocks.credentials import public_endpoint
 from blocks.dataset_sources import (
     EndpointOf,
@@ -227,7 +227,7 @@ def make_plan(provider: Provider[Any], record: RunRecord, spec: JobSpec) -> Plan
 def submit_job(provider: Provider[Any], record: RunRecord, plan: Plan) -> JobRef:
     """The attempt's job: the recorded one, or found or created from the stored plan."""
     ref = record.ref(plan.spec.attempt)
-    asked = record.cancel_request(plan.spec.attempt)
+    asked = find_wish(record, plan.spec.attempt)
     if ref is None and asked is not None:
         cancel_unsubmitted(provider, record, plan.spec.attempt)
         ref = record.ref(plan.spec.attempt)  # of a job that an earlier submitter made, and that is now to be seen through

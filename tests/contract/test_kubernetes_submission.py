@@ -135,3 +135,12 @@ def test_the_namespace_is_the_plans_whatever_the_profile_says_by_now(place: Plac
     ref = place.submit(moved)
     assert (ref.scope, place.api.created) == (NAMESPACE, [f"{NAMESPACE}/{place.name}"])
     assert moved.find(place.plan) == ref
+
+
+def test_a_wish_to_stop_between_two_attempts_keeps_the_next_one_from_being_submitted(place: Place) -> None:
+    """It came when nothing ran, and the next attempt was planned by a flow that had looked before."""
+    place.record.request_cancel(CancelRequest(attempt=1, asked_by="me"))
+    second = place.record.write_plan(place.make_plan(2))
+    with pytest.raises(RunCancelled, match="by me before it was submitted"):
+        place.submit(plan=second)
+    assert place.api.created == []

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from blocks.attempts import Action, cancel_run, close, may_resume, next_step, next_step_of, result_of
+from blocks.attempts import Action, cancel_run, close, find_wish, may_resume, next_step, next_step_of, result_of
 from blocks.errors import JobFailed, ResultMissing, RunCancelled
 from blocks.job import FailureReason, JobRef, JobSpec, JobState, JobStatus, Plan, Result
-from blocks.record import CancelRequest, Outcome, RunRecord
+from blocks.record import CancelRequest, Outcome, RunFile, RunRecord
 from trainer.contract import DatasetRef, ExitCode, TrainConfig
 
 DONE = Outcome(state=JobState.SUCCEEDED, epoch=5)
@@ -68,12 +68,23 @@ def test_nothing_follows_an_attempt_that_a_person_wanted_stopped(tmp_path: Path)
     assert next_step_of(record, max_attempts=3, resume=True).action is Action.START
 
 
-def make_plan(record: RunRecord) -> Plan:
+def make_plan(record: RunRecord, attempt: int = 1) -> Plan:
     dataset = DatasetRef(root="/d", index_uri="file:///d", version="v", name="d", image_count=1)
     spec = JobSpec(
-        run_id=record.run_id, name="n", config=TrainConfig(), dataset=dataset, output_uri=record.output_uri, max_runtime_seconds=60
+        run_id=record.run_id,
+        attempt=attempt,
+        name="n",
+        config=TrainConfig(),
+        dataset=dataset,
+        output_uri=record.output_uri,
+        max_runtime_seconds=60,
     )
     return Plan(provider="local", spec=spec, instance_type="x", region="x", request={}, fingerprint="f")
+
+
+def make_run(record: RunRecord) -> RunFile:
+    home = record.output_uri.removeprefix("file://")
+    return RunFile(run_id=record.run_id, name="n", request={}, request_hash="", provider="local", settings={"home": home}, owner="me")
 
 
 def test_a_wish_to_resume_is_good_for_one_attempt(tmp_path: Path) -> None:
@@ -82,8 +93,7 @@ def test_a_wish_to_resume_is_good_for_one_attempt(tmp_path: Path) -> None:
     record.write_plan(make_plan(record))
     assert may_resume(record, "flow-1")
     assert may_resume(record, "flow-1")  # killed before it planned
-    second = make_plan(record)
-    record.write_plan(second.model_copy(update={"spec": second.spec.model_copy(update={"attempt": 2})}))
+    record.write_plan(make_plan(record, 2))
     assert not may_resume(record, "flow-1")
     assert may_resume(record, "flow-2")
 
@@ -159,3 +169,34 @@ def test_a_stop_that_looks_like_a_preemption_is_told_as_cancelled_and_then_clear
     assert outcome.status is not None
     assert (outcome.status.state, outcome.status.reason) == (JobState.CANCELLED, None)
     assert cleared == [True]
+
+
+def test_a_wish_to_stop_reaches_the_attempt_that_is_planned_meanwhile(tmp_path: Path) -> None:
+    """The attempt before it is over, so that nothing would seem to follow."""
+
+    class Planned(RunRecord):
+        def request_cancel(self, request: CancelRequest) -> None:
+            super().request_cancel(request)
+            self.write_plan(make_plan(self, 2))
+
+    record = Planned(str(tmp_path), "stop2222")
+    record.write_plan(make_plan(record))
+    record.write_outcome(1, PREEMPTED)
+    record.open(make_run(record))
+    outcome = cancel_run(record, asked_by="me")
+    assert outcome is not None
+    assert (outcome.state, record.outcome(2)) == (JobState.CANCELLED, outcome)
+
+
+def test_an_attempt_planned_after_the_wish_is_meant_unless_a_person_resumed(tmp_path: Path) -> None:
+    record = RunRecord(str(tmp_path), "stop3333")
+    for attempt in (1, 2):
+        record.write_plan(make_plan(record, attempt))
+        assert find_wish(record, attempt) is None
+    record.request_cancel(CancelRequest(attempt=2, asked_by="me"))
+    for attempt, asked_by in ((2, "me"), (3, "me"), (4, None)):
+        assert getattr(find_wish(record, attempt), "asked_by", None) == asked_by
+    assert may_resume(record, "flow-1")
+    assert find_wish(record, 3) is None
+    record.request_cancel(CancelRequest(attempt=3, asked_by="me"))
+    assert find_wish(record, 3) is not None
