@@ -45,6 +45,8 @@ class KubernetesApi:
                 metadata = (pod["metadata"] for pod in self.pods)
                 fits = [one["namespace"] == namespace and one["labels"].get(label) == value for one in metadata]
                 return 200, {"items": [pod for pod, chosen in zip(self.pods, fits, strict=True) if chosen]}
+            case ["api", "v1", "namespaces", _, "pods", name, "log"] if method == "GET":
+                return status_of(400, "BadRequest", f'container "trainer" in pod "{name}" is waiting to start')
             case ["api", "v1", "namespaces", _, "events"] if method == "GET":
                 return 200, {"items": []}
             case _:

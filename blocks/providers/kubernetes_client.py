@@ -48,6 +48,11 @@ class ApiError(Exception):
         self.retry_after = retry_after
         super().__init__(f"{status} {self.reason}: {self.message}")
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether the API server itself says so: a proxy whose server is away, or a server of something else, has no reason for it."""
+        return self.status == 404 and self.reason == "NotFound"
+
 
 class NoAnswer(Exception):
     """The request got no answer: whether the server acted on it is not known, except where `unsent`."""
@@ -315,6 +320,9 @@ def translate_refusal(exc: ApiError, settings: KubernetesSettings) -> ProviderEr
         return AuthError(f"not allowed to {verb} {resource} {where}: {exc.message}", hint=hint)
     if exc.status == 404 and exc.details.get("kind") == "namespaces":
         return ConfigError(f"there is no namespace {namespace!r}", hint=f"kubectl create namespace {namespace}")
+    if exc.status == 404 and not exc.is_missing:
+        hint = "a proxy or load balancer before it? `kubectl version` asks the same; nothing is lost, it is asked again"
+        return ServiceUnavailable(f"what answers in place of the API server knows no {exc.path}: {exc.message}", hint=hint)
     if exc.status == 404 and exc.path.endswith("/jobs"):
         return ConfigError(f"this API server has no batch/v1 Jobs ({exc.path})", hint="check api_server")
     if exc.status == 404:

@@ -27,6 +27,7 @@ from blocks.providers.kubernetes_objects import Object, by_age, child, children,
 from blocks.providers.kubernetes_refs import SUBMISSION, Submission, build_ref, parse_ref, read_submission, refuse_stranger
 from blocks.providers.kubernetes_request import (
     CANCELLED_AT,
+    FATAL,
     STARTED_AT,
     build_request,
     set_image,
@@ -34,7 +35,7 @@ from blocks.providers.kubernetes_request import (
     without_volatile,
 )
 from blocks.providers.kubernetes_settings import NAME, KubernetesSettings, find_price
-from blocks.providers.kubernetes_status import Native, find_start, may_be_removed, parse_status, status_of_vanished
+from blocks.providers.kubernetes_status import Native, find_start, may_be_removed, parse_status, status_of_orphan, status_of_vanished
 from blocks.store_check import check_store
 from trainer.contract import AttemptLayout, TrainJob, UserInput, utc_now
 from trainer.storage import ObjectFolder
@@ -240,7 +241,7 @@ class KubernetesProvider(Provider[KubernetesSettings]):
         try:
             return self.cluster.call(method, path, **options)
         except ApiError as exc:
-            if exc.status == 404:
+            if exc.is_missing:
                 return None
             raise
 
@@ -288,17 +289,20 @@ class KubernetesProvider(Provider[KubernetesSettings]):
         )
 
     def _vanished(self, ref: JobRef, objects: ObjectFolder) -> JobStatus:
-        """What the bucket says of a Job that is not there. Where that is nothing: JobNotFound, or `made_elsewhere`."""
-        note = read_submission(objects)
+        """What its pods and the bucket say of a Job that is not there. Where that is nothing: JobNotFound, or `made_elsewhere`."""
+        if alive := [pod for pod in self._pods(ref.native_id, ref.scope) if is_alive(pod)]:
+            return status_of_orphan(alive[-1], read_progress(objects))
+        note, ended = read_submission(objects), read_exit(objects)
+        over = (ended is not None and ended.exit_code in (0, *FATAL)) or objects.get(AttemptLayout.RECEIPT) is not None
+        if not over and not ref.console_url.startswith(f"{self.cluster.host}/"):  # after any other exit, its Job makes another pod
+            raise made_elsewhere(ref.native_id, ref.console_url.partition("/apis/")[0], self.cluster.host)
         status = status_of_vanished(
-            read_exit(objects),
+            ended,
             read_progress(objects),
             stopped=objects.get(AttemptLayout.STOP) is not None,
             price=note.usd_per_hour if note is not None else None,
             made_at=note.created_at if note is not None and count_containers(objects) > 1 else None,
         )
-        if status is None and not ref.console_url.startswith(f"{self.cluster.host}/"):
-            raise made_elsewhere(ref.native_id, ref.console_url.partition("/apis/")[0], self.cluster.host)
         if status is None:
             raise JobNotFound(
                 f"namespace {ref.scope} has no Job {ref.native_id}, and it left no word of its end",
@@ -322,9 +326,10 @@ class KubernetesProvider(Provider[KubernetesSettings]):
     def _has_ended(self, ref: JobRef) -> bool:
         job = self._get_job(ref.native_id, ref.scope)
         if job is None:
-            with suppress(JobNotFound):  # else it may run on, in another cluster
-                self._vanished(ref, self.objects(ref.output_uri))
-            return True
+            try:  # it may run on, in another cluster, or its pod may not have ended
+                return self._vanished(ref, self.objects(ref.output_uri)).state.is_terminal
+            except JobNotFound:
+                return True
         stopped = CANCELLED_AT in child(job, "metadata", "annotations")
         return is_over(job) or (stopped and not self._pods_alive(job, ref))
 

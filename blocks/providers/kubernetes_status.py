@@ -314,3 +314,19 @@ def status_of_vanished(
             state=JobState.CANCELLED, native_state="removed", message="stopped as asked", progress=progress, ended_at=utc_now()
         )
     return None
+
+
+def status_of_orphan(pod: Object, progress: Progress | None) -> JobStatus:
+    """Of a Job that the cluster no longer has, while a pod of it lives: nothing may follow, as that one trains or saves."""
+    name, namespace = word(pod, "metadata", "name"), word(pod, "metadata", "namespace")
+    node = word(pod, "spec", "nodeName") or "no node"
+    leaves = bool(word(pod, "metadata", "deletionTimestamp"))
+    hint = f"kubectl delete node {node}, where that is gone for good" if leaves else f"kubectl delete pod {name} -n {namespace}, to stop it"
+    return JobStatus(
+        state=JobState.STOPPING,
+        native_state="Terminating" if leaves else word(pod, "status", "phase"),
+        message=f"its Job was deleted; its pod on {node} has not ended yet",
+        hint=hint,
+        progress=progress,
+        started_at=time_at(pod, "status", "startTime"),
+    )

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from prefect.logging import disable_run_logger
 
-from blocks.errors import AuthError, ConfigError, RunCancelled
-from blocks.job import JobRef, JobState, Plan
+from blocks.errors import AuthError, ConfigError, RunCancelled, ServiceUnavailable
+from blocks.job import FailureReason, JobRef, JobState, Plan
 from blocks.providers.kubernetes_job import KubernetesProvider
 from blocks.record import CancelRequest, RunRecord
 from flows.job_tasks import submit_job
@@ -18,7 +18,7 @@ from tests.faults import Fault, FaultProxy, running_proxy
 from tests.kubernetes_api import KubernetesApi, running_api, status_of
 from tests.stores import StoreServer, new_store
 from tests.unit.test_blocks_kubernetes_request import make_spec
-from trainer.contract import EXIT_REASONS, AttemptLayout, ExitRecord, utc_now
+from trainer.contract import EXIT_REASONS, AttemptLayout, ExitCode, ExitRecord, utc_now
 
 NAMESPACE = "vision"
 
@@ -144,3 +144,47 @@ def test_a_wish_to_stop_between_two_attempts_keeps_the_next_one_from_being_submi
     with pytest.raises(RunCancelled, match="by me before it was submitted"):
         place.submit(plan=second)
     assert place.api.created == []
+
+
+def test_a_404_of_a_proxy_is_no_missing_job(place: Place) -> None:
+    ref = place.submit()
+    place.proxy.add(Fault("refuse", "GET", "/jobs/ty-", status=404, times=2))
+    for ask in (lambda: place.provider().observe(ref), lambda: place.provider().submit(place.plan)):
+        with pytest.raises(ServiceUnavailable, match="in place of the API server"):
+            ask()
+    assert place.provider().observe(ref).state is JobState.QUEUED
+    assert len(place.api.created) == 1
+
+
+def test_nothing_follows_a_deleted_job_as_long_as_its_pod_lives(place: Place) -> None:
+    ref, provider = place.submit(), place.provider()
+    metadata = {"name": "p", "uid": "u", "namespace": NAMESPACE, "labels": {"batch.kubernetes.io/job-name": place.name}}
+    pod: dict[str, Any] = {"metadata": metadata, "spec": {"nodeName": "n1"}, "status": {"phase": "Running"}}
+    place.api.pods, place.api.jobs = [pod], {}
+    place.end(ExitCode.PREEMPTED)  # an earlier pod's
+    alive = provider.observe(ref)
+    assert (alive.state, "its pod on n1 has not ended" in alive.message) == (JobState.STOPPING, True)
+    assert "kubectl delete pod p" in alive.hint
+    assert not provider.logs(ref).ended
+    pod["metadata"]["deletionTimestamp"] = "2026-11-24T12:00:00Z"
+    assert "kubectl delete node n1" in provider.observe(ref).hint
+    pod["status"] = {"phase": "Failed"}
+    over = provider.observe(ref)
+    assert (over.state, over.reason) == (JobState.FAILED, FailureReason.PREEMPTED)
+    assert provider.logs(ref).ended
+
+
+def test_an_end_after_which_a_job_goes_on_is_none_where_the_job_may_be_elsewhere(place: Place) -> None:
+    ref, stop = place.submit(), f"attempts/1/{AttemptLayout.STOP}"
+    with running_api() as other:
+        elsewhere = place.provider(api_server=other.address)
+        for code in (None, ExitCode.PREEMPTED, ExitCode.UNAVAILABLE):
+            if code is not None:
+                place.end(code)
+            with pytest.raises(ConfigError, match="may be another cluster"):
+                elsewhere.observe(ref)
+        place.record.folder.put(stop, b"")
+        with pytest.raises(ConfigError, match="may be another cluster"):
+            elsewhere.observe(ref)
+        place.end(ExitCode.DATA)
+        assert elsewhere.observe(ref).state is JobState.CANCELLED, "asked to stop, and over"

@@ -16,7 +16,7 @@ from blocks.provider import Provider
 from blocks.providers import kubernetes_client
 from blocks.providers.kubernetes_client import NoAnswer
 from blocks.providers.kubernetes_job import KubernetesProvider
-from blocks.providers.kubernetes_objects import is_over
+from blocks.providers.kubernetes_objects import is_alive, is_over
 from tests.cluster.cluster import Cluster
 from tests.kubernetes_jobs import WAIT, Jobs, ended, jobs_in, watch, write_receipt
 from tests.stack import wait_for
@@ -174,7 +174,9 @@ def test_a_job_that_time_or_a_hand_removed_is_never_made_again(jobs: Jobs) -> No
     jobs.cluster.kubectl("delete", "job", ref.native_id, "--namespace", jobs.namespace)
     assert by_hand.submit(plan).native_id == ref.native_id
     assert jobs.jobs() == []
-    assert by_hand.poll(ref).state is JobState.FAILED
+    # Until its pod has ended, nothing may follow.
+    seen = watch(by_hand, ref, ended, pause=0.2)
+    assert {status.state for status in seen} <= {JobState.STOPPING, JobState.FAILED}
 
     # Nothing was recorded of it but that it was about to be created, and its trainer has not said a word.
     plan = by_hand.plan(jobs.spec())
@@ -183,6 +185,7 @@ def test_a_job_that_time_or_a_hand_removed_is_never_made_again(jobs: Jobs) -> No
     jobs.cluster.kubectl("delete", "job", ref.native_id, "--namespace", jobs.namespace)
     assert by_hand.submit(plan).native_id == ref.native_id
     assert jobs.jobs() == []
+    wait_for("its pod to end", lambda: not any(map(is_alive, jobs.pods(ref))), 60)
     with pytest.raises(JobNotFound):
         by_hand.poll(ref)
     by_hand.cancel(ref)
