@@ -192,16 +192,21 @@ def cancel_run(
 
 
 def cancel_unsubmitted(provider: Provider[Any], record: RunRecord, attempt: int) -> Outcome | None:
-    """A plan without a recorded job: a submitter may have died between the two, so the provider is asked first."""
-    plan = record.plan(attempt)
-    assert plan is not None, "an attempt has a plan"
-    ref = provider.find(plan)
+    """A plan without a recorded job."""
+    ref = find_job(provider, record, attempt)
     if ref is None:
         return close_unsubmitted(record, attempt)
-    record.write_ref(ref)
     provider.cancel(ref)
     status = provider.observe(ref)
     return close(provider, record, ref, status) if status.state.is_terminal else None
+
+
+def find_job(provider: Provider[Any], record: RunRecord, attempt: int) -> JobRef | None:
+    """The attempt's job. Where none is recorded the provider is asked: a submitter may have died, or lost its login, before it wrote."""
+    plan, ref = record.plan(attempt), record.ref(attempt)
+    if ref is None and plan is not None and (ref := provider.find(plan)) is not None:
+        record.write_ref(ref)
+    return ref
 
 
 def close_unsubmitted(

@@ -24,7 +24,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Crashed, Scheduled
 from pydantic import ValidationError
 
-from blocks.attempts import Action, Step, cancel_run, close, next_step_of, provider_of
+from blocks.attempts import Action, Step, cancel_run, close, find_job, next_step_of, provider_of
 from blocks.driving import Driver, announce, driven_runs, drivers, forget, is_alive
 from blocks.record import RunFile, RunRecord
 from flows.finding import learn_outputs
@@ -246,10 +246,12 @@ def settle(client: SyncPrefectClient, driver: Driver, decision: Decision) -> Non
 def tend(record: RunRecord, run: RunFile | None) -> list[str]:
     """Restarted often enough: the job is looked at from here, and what it gave is collected when it is over."""
     step = next_step_of(record, max_attempts=1)
-    ref = record.ref(step.attempt) if step.action is Action.ADOPT else None
-    if run is None or ref is None:
+    if run is None or step.action is not Action.ADOPT:
         return []
     provider = provider_of(record)
+    ref = find_job(provider, record, step.attempt)
+    if ref is None:
+        return []
     status = provider.observe(ref)
     if not status.state.is_terminal:
         return []

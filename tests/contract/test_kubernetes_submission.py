@@ -12,8 +12,9 @@ from prefect.logging import disable_run_logger
 from blocks.errors import AuthError, ConfigError, RunCancelled, ServiceUnavailable
 from blocks.job import FailureReason, JobRef, JobState, Plan
 from blocks.providers.kubernetes_job import KubernetesProvider
-from blocks.record import CancelRequest, RunRecord
+from blocks.record import CancelRequest, RunFile, RunRecord
 from flows.job_tasks import submit_job
+from flows.reconcile import tend
 from tests.faults import Fault, FaultProxy, running_proxy
 from tests.kubernetes_api import KubernetesApi, running_api, status_of
 from tests.stores import StoreServer, new_store
@@ -100,6 +101,23 @@ def test_a_wish_to_stop_finds_the_job_that_nobody_wrote_down(place: Place) -> No
     receipt = place.record.receipt(1)
     assert receipt is not None
     assert (receipt.state, place.api.jobs) == (JobState.CANCELLED, {})
+
+
+def test_a_job_that_nobody_wrote_down_is_found_when_the_login_is_mended(place: Place) -> None:
+    """By then the flow has been restarted as often as it may."""
+    settings = place.provider().settings.model_dump(mode="json")
+    run = RunFile(run_id="once1234", name="n", request={}, request_hash="", provider="kubernetes", settings=settings, owner="me")
+    place.record.open(run)
+    assert tend(place.record, run) == []
+    made = place.provider().submit(place.plan)
+    place.proxy.add(Fault("refuse", "GET", "/jobs/ty-", status=401))
+    with pytest.raises(AuthError):
+        tend(place.record, run)
+    assert tend(place.record, run) == []
+    assert place.record.ref(1) == made
+    place.api.jobs.clear()
+    place.end(ExitCode.DATA)
+    assert tend(place.record, run) == ["run once1234: closed, failed"]
 
 
 def test_a_wish_to_stop_what_was_never_submitted_needs_no_job(place: Place) -> None:
