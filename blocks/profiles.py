@@ -301,7 +301,7 @@ def save_profile(name: str, provider: str, fields: dict[str, Any]) -> str:
     try:
         profile = kinds[provider].model_validate(fields)
     except ValidationError as exc:
-        raise ConfigError(describe_validation(exc), hint="mend the file") from exc
+        raise ConfigError(describe_validation(exc), hint="mend the file") from None
     for other in (kind for kind in PROFILES if kind is not kinds[provider]):
         if _is_saved(name, other.get_block_type_slug()):
             raise ConfigError(f"a profile of the type {other.get_block_type_slug()} has the name {name!r}", hint="choose another name")
@@ -336,7 +336,7 @@ def load_profile(name: str) -> Profile:
             if not isinstance(exc.__cause__, ValidationError):
                 raise
             told = describe_validation(exc.__cause__)
-            raise ConfigError(f"the profile {name!r} does not fit this version: {told}", hint=f"save it again: {SAVE_AGAIN}") from exc
+            raise ConfigError(f"the profile {name!r} does not fit this version: {told}", hint=f"save it again: {SAVE_AGAIN}") from None
         return asyncio.run(loaded) if asyncio.iscoroutine(loaded) else loaded  # type: ignore[arg-type]
     raise ConfigError(
         f"no profile is saved under the name {name!r}",

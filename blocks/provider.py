@@ -73,7 +73,8 @@ class Provider(ABC, Generic[Settings]):
         try:
             return cls(cls.SETTINGS.model_validate(values), access)  # type: ignore[arg-type]
         except ValidationError as exc:
-            raise ConfigError(describe_validation(exc), provider=cls.NAME, hint="mend the profile") from exc
+            # Not chained: pydantic's own text shows what was given.
+            raise ConfigError(describe_validation(exc), provider=cls.NAME, hint="mend the profile") from None
 
     def objects(self, uri: str) -> ObjectFolder:
         """The objects below a URI of the run's record, reached as the profile says."""
@@ -366,16 +367,20 @@ def problems_of_places(spec: JobSpec, provider: str) -> list[Problem]:
     return problems
 
 
-SECRET_FIELD = re.compile(r"(?i)secret|password|token|credential|kubeconfig|_key\b")
+# Variables and a patch are whatever people put there.
+SECRET_FIELD = re.compile(r"(?i)^(env|pod_patch)\b|secret|password|token|credential|kubeconfig|_key\b")
 
 
 def describe_validation(exc: ValidationError) -> str:
-    """All of a validation's problems on one line each, `field: what is wrong (got value)`; no value of a field that holds a secret."""
+    """All of a validation's problems on one line each, `field: what is wrong (got value)`.
+
+    No value of a field that holds a secret, and none that holds others, of which one may be.
+    """
     lines: list[str] = []
     for error in exc.errors():
         field = ".".join(str(part) for part in error["loc"])
         message = error["msg"].removeprefix("Value error, ")
-        hidden = (error["type"] == "value_error" and not field) or SECRET_FIELD.search(field)
+        hidden = isinstance(error["input"], (Mapping, list, tuple)) or SECRET_FIELD.search(field)
         shown = "" if hidden else f" (got {_shorten(error['input'])})"
         lines.append(f"{field}: {message}{shown}" if field else message)
     return "\n".join(lines)

@@ -37,7 +37,7 @@ def check(path: str, task: str, split_by: str | None, max_problem_share: float, 
     try:
         split = SplitConfig(by=split_by)
     except ValidationError as exc:
-        raise ConfigError(describe_validation(exc)) from exc
+        raise ConfigError(describe_validation(exc)) from None
     index = check_dataset(Path(path).absolute(), task=Task(task), split=split, max_problem_share=max_problem_share)
     if as_json:
         click.echo(json.dumps(describe(index)))

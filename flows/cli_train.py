@@ -136,5 +136,5 @@ def demo(as_json: bool, epochs: str, stage: bool) -> None:
     try:
         request = TrainRequest.model_validate({"dataset": str(folder), **DEMO, "config": config, "stage": stage})
     except ValidationError as exc:
-        raise ConfigError(describe_validation(exc)) from exc
+        raise ConfigError(describe_validation(exc)) from None
     run_claimed(request, as_json)

@@ -99,7 +99,7 @@ def build_request(dataset: str, options: dict[str, Any]) -> TrainRequest:
     except ValidationError as exc:
         from blocks.provider import describe_validation  # loads the providers' base, which a completed option does not need
 
-        raise ConfigError(describe_validation(exc), hint="`trainyard train --help` describes every field") from exc
+        raise ConfigError(describe_validation(exc), hint="`trainyard train --help` describes every field") from None
 
 
 def require_files(request: TrainRequest) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,25 @@ def test_secrets_are_in_no_dump_and_no_repr() -> None:
     with pytest.raises(ConfigError) as caught:
         KubernetesProvider.from_settings({"kubeconfig": "very-secret", "kubeconfig_path": "x"})
     assert "very-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"env": {"DB_PASSWORD": "hunter2"}}, "DB_PASSWORD looks like a secret"),
+        ({"env": {"DB_PIN": ["hunter2"]}}, "DB_PIN"),
+        ({"env": {"DB_PASSWD": 4711}}, "DB_PASSWD"),
+        ({"env": "DB_PIN=hunter2"}, "env"),
+        ({"pod_patch": {"containers": [{"name": "trainer", "env": [{"name": "A", "value": "hunter2"}]}]}}, "go to env"),
+        ({"pod_patch": "hunter2"}, "pod_patch"),
+        ({"instance_classes": {"a": {"gpu": "hunter2"}}}, "gpus"),
+    ],
+)
+def test_what_may_be_a_secret_is_not_told_with_what_is_wrong(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        KubernetesProvider.from_settings(settings)
+    logged = "".join(traceback.format_exception(caught.value))
+    assert not re.search("hunter2|4711", logged), "neither the message nor a traceback that is logged has it"
 
 
 def kubeconfig(**cluster: Any) -> str:
