@@ -99,7 +99,10 @@ class TrainRequest(UserInput):
         "Run time, at most (seconds)", "The job is stopped after this many seconds; 86400 is a day.", default=86_400, ge=60, le=28 * 86_400
     )
     max_cost_usd: float | None = form_field(
-        "Cost, at most (US$)", "A plan whose attempts could cost more US dollars in all is refused. Empty: no limit.", default=None, gt=0
+        "Cost, at most (US$)",
+        "Refused before it starts: what could cost more in all its attempts, or has no known price. Empty: no limit.",
+        default=None,
+        gt=0,
     )
     max_attempts: int = form_field("Attempts, at most", "Attempts in all when machines are taken away or break.", default=3, ge=1, le=10)
     stage: bool = form_field("Stage", "Bring a folder to the store first, as for a cloud. Off: it is read in place.", default=False)
@@ -152,6 +155,7 @@ class JobSpec(UserInput):
     max_runtime_seconds: int
     max_attempts: int = Field(default=1, ge=1, description="That the run may use in all; they change its cost at worst, and no job.")
     max_cost_usd: float | None = None
+    spent_usd: float = Field(default=0.0, description="What the run's earlier attempts have cost at most.")
     owner: str = ""
     project: str = ""
     cost_centre: str = ""
@@ -200,7 +204,8 @@ class Plan(StoredRecord):
     region: str
     request: dict[str, JsonValue]
     price: Price | None = None
-    worst_case_usd: float | None = Field(default=None, description="Price x nodes x maximum run time x attempts; no waits.")
+    worst_case_usd: float | None = Field(default=None, description="What was spent, and price x nodes x attempt_seconds x attempts left.")
+    attempt_seconds: int | None = Field(default=None, description="For how long an attempt may hold its machine.")
     fingerprint: str
     warnings: tuple[str, ...] = ()
 

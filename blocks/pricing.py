@@ -1,4 +1,4 @@
-"""Pure: what a job costs by the hour and at worst. The prices are dated data in ``prices.json`` beside this file."""
+"""Pure: what a job costs by the hour and at worst, and whether it may. The prices are dated data in ``prices.json`` beside this file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from blocks.job import Price
+from blocks.job import JobSpec, Price, Problem
 
 
 @cache
@@ -28,3 +28,35 @@ def lookup_price(provider: str, instance_type: str, region: str) -> Price | None
 def cost_usd(price: Price | None, nodes: int, seconds: float) -> float | None:
     """Dollars for `nodes` machines over `seconds`, to the cent's hundredth; None without a price."""
     return None if price is None else round(price.usd_per_hour * nodes * seconds / 3600, 4)
+
+
+def attempts_left(spec: JobSpec) -> int:
+    """This attempt, and those that may follow it. A person may resume a run that has used them all: one more."""
+    return max(1, spec.max_attempts - spec.attempt + 1)
+
+
+def worst_case_usd(spec: JobSpec, price: Price | None, attempt_seconds: float) -> float | None:
+    """What the run has cost at most before this attempt, and what it may cost from here on; None without a price."""
+    ahead = cost_usd(price, spec.resources.nodes, attempt_seconds * attempts_left(spec))
+    return None if ahead is None else round(spec.spent_usd + ahead, 4)
+
+
+def find_budget_problems(spec: JobSpec, price: Price | None, attempt_seconds: int, price_hint: str) -> tuple[Problem, ...]:
+    """Why the run may cost more than its limit, if it has one."""
+    limit, worst = spec.max_cost_usd, worst_case_usd(spec, price, attempt_seconds)
+    if limit is None or (worst is not None and worst <= limit):
+        return ()
+    if worst is None:
+        message = f"nothing tells what the machine costs, so that no limit of ${limit:.2f} can be kept"
+        return (Problem(field="max_cost_usd", message=message, hint=f"{price_hint}; or leave the limit out"),)
+    left = attempts_left(spec)
+    parts = f"{left} attempt{'s' if left > 1 else ''} of {attempt_seconds} s"
+    if attempt_seconds > spec.max_runtime_seconds:
+        parts += f", which is {spec.max_runtime_seconds} s of run time and the longest wait"
+    if spec.spent_usd:
+        parts += f", after ${spec.spent_usd:.2f} for those before"
+    hint = "lower the maximum run time, the longest wait or the attempts, choose a cheaper machine, or raise the limit"
+    if spec.attempt > 1:
+        hint = "the limit is that of the whole run: a new run from its last checkpoint (--weights) has one of its own"
+    message = f"at worst this costs ${worst:.2f} ({parts}), over the limit of ${limit:.2f}"
+    return (Problem(field="max_cost_usd", message=message, hint=hint),)

@@ -47,7 +47,7 @@ from blocks.job import (
     fingerprint,
     seconds_between,
 )
-from blocks.pricing import cost_usd, lookup_price
+from blocks.pricing import find_budget_problems, lookup_price, worst_case_usd
 from trainer.contract import AttemptLayout, ManifestFile, ResultManifest, UserInput
 from trainer.storage import ObjectFolder, is_bucket
 
@@ -62,6 +62,7 @@ class Provider(ABC, Generic[Settings]):
     NAME: ClassVar[str]
     CAPABILITIES: ClassVar[Capabilities]
     SETTINGS: ClassVar[type[UserInput]]
+    PRICE_HINT: ClassVar[str] = "choose a machine that prices.json knows"  # where a limit needs a price that is not known
 
     def __init__(self, settings: Settings, access: AccessRef | None = None) -> None:
         self.settings = settings
@@ -103,7 +104,11 @@ class Provider(ABC, Generic[Settings]):
             problems.append(Problem(field="image", message=f"{spec.image!r} is not a digest", hint="name@sha256:..."))
         if not capabilities.local_files:
             problems += problems_of_places(spec, self.NAME)
-        return (*problems, *self._validate(spec))
+        problems += self._validate(spec)
+        if spec.max_cost_usd is None or problems:  # what does not fit has no machine, and so no price
+            return tuple(problems)
+        _, instance_type, region = self._build(spec)
+        return find_budget_problems(spec, self._price(spec, instance_type, region), self._attempt_seconds(spec), self.PRICE_HINT)
 
     def require_valid(self, spec: JobSpec) -> None:
         """Raises ConfigError with all problems of `validate`."""
@@ -125,15 +130,6 @@ class Provider(ABC, Generic[Settings]):
         self.require_valid(spec)
         request, instance_type, region = self._build(spec)
         price = self._price(spec, instance_type, region)
-        worst_case = cost_usd(price, spec.resources.nodes, spec.max_runtime_seconds * spec.max_attempts)
-        if spec.max_cost_usd is not None and worst_case is not None and worst_case > spec.max_cost_usd:
-            attempts = f"{spec.max_attempts} attempts of {spec.max_runtime_seconds} s"
-            raise ConfigError(
-                f"at worst this costs ${worst_case:.2f} ({attempts}), over the limit of ${spec.max_cost_usd:.2f}",
-                provider=self.NAME,
-                run_id=spec.run_id,
-                hint="lower the maximum run time or the attempts, choose a cheaper machine, or raise the limit",
-            )
         return Plan(
             provider=self.NAME,
             spec=spec,
@@ -141,7 +137,8 @@ class Provider(ABC, Generic[Settings]):
             region=region,
             request=request,
             price=price,
-            worst_case_usd=worst_case,
+            worst_case_usd=worst_case_usd(spec, price, self._attempt_seconds(spec)),
+            attempt_seconds=self._attempt_seconds(spec),
             fingerprint=fingerprint(self._identity(request)),
             warnings=self._warnings(spec),
         )
@@ -307,6 +304,10 @@ class Provider(ABC, Generic[Settings]):
     def _price(self, spec: JobSpec, instance_type: str, region: str) -> Price | None:
         """Pure: that of the table, where the settings know no other."""
         return lookup_price(self.NAME, instance_type, region)
+
+    def _attempt_seconds(self, spec: JobSpec) -> int:
+        """Pure: for how long an attempt may hold its machine, which may be more than one run time where the platform repeats it."""
+        return spec.max_runtime_seconds
 
     def _identity(self, request: dict[str, JsonValue]) -> dict[str, JsonValue]:
         """Pure: the request without what changes from submission to submission."""

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from blocks.job import JobStatus, Plan, Result, seconds_between
+from blocks.pricing import attempts_left
 from blocks.record import RunFile, RunRecord
 from flows.staging_text import format_seconds
 from trainer.contract import METRIC_NAMES, AttemptLayout, DatasetRef, Progress
@@ -300,10 +301,12 @@ def describe_worst_case(plan: Plan) -> str:
     cost = f"at worst {format_cost(plan.worst_case_usd)}"
     if not plan.worst_case_usd:
         return cost
-    count = plan.spec.max_attempts
+    count, run_time = attempts_left(plan.spec), plan.spec.max_runtime_seconds
     attempts = "one attempt" if count == 1 else f"{count} attempts"
     waits = "a wait for machines, which costs nothing where they are paid for in use, is not in it"
-    return f"{cost} for {attempts} of {format_seconds(plan.spec.max_runtime_seconds)}; {waits}"
+    if plan.attempt_seconds is not None and plan.attempt_seconds > run_time:
+        waits = f"that is {format_seconds(run_time)} of run time each, and the longest wait, which costs nothing where no machine is held"
+    return f"{cost} for {attempts} of {format_seconds(plan.attempt_seconds or run_time)}; {waits}"
 
 
 def format_cost(usd: float | None) -> str:

@@ -1,7 +1,7 @@
 """The flow `train`, readable as the story of a run: open, check, dataset, plan, submit, watch, collect, report.
 
 Every step finds what is there or creates it, so the flow may be killed and repeated at any point, on any
-machine that sees the run's folder. What stops a job is a person, its deadline or its budget, never a dead flow.
+machine that sees the run's folder. What stops a job is a person or a limit of its time, never a dead flow.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from blocks.naming import display_name
 from blocks.profiles import Profile, load_profile
 from blocks.provider import Provider
 from blocks.record import RunFile, RunRecord
+from blocks.spending import most_spent
 from flows import image as image_tasks, job_tasks, reporting
 from flows.cancelling import cancel_job, stop_if_cancelled
 from flows.drafting import draft_spec
@@ -208,6 +209,7 @@ def run_attempt(
             max_runtime_seconds=request.max_runtime_seconds,
             max_attempts=request.max_attempts,
             max_cost_usd=request.max_cost_usd,
+            spent_usd=most_spent(record, step.attempt),
             owner=run.owner,
             project=request.project or "",
             cost_centre=request.cost_centre or "",

@@ -7,6 +7,7 @@ never created again. Cancel suspends the Job, and deletes it once no pod is left
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
@@ -30,6 +31,7 @@ from blocks.providers.kubernetes_request import (
     FATAL,
     STARTED_AT,
     build_request,
+    deadline_seconds,
     set_image,
     with_fingerprint,
     without_volatile,
@@ -46,6 +48,7 @@ PAGE = "500"
 class KubernetesProvider(Provider[KubernetesSettings]):
     NAME: ClassVar[str] = NAME
     SETTINGS: ClassVar[type[UserInput]] = KubernetesSettings
+    PRICE_HINT: ClassVar[str] = "give the profile an instance class with usd_per_hour, or with the machine of the price list"
     CAPABILITIES: ClassVar[Capabilities] = Capabilities(
         spot=True, nodes=1, needs_image=True, max_runtime_seconds=28 * 86_400, poll_seconds=(2.0, 30.0)
     )
@@ -165,6 +168,10 @@ class KubernetesProvider(Provider[KubernetesSettings]):
     def _price(self, spec: JobSpec, instance_type: str, region: str) -> Price | None:
         kind = self.settings.instance_classes.get(instance_type)
         return None if kind is None else find_price(instance_type, kind, spot=spec.resources.spot)
+
+    def _attempt_seconds(self, spec: JobSpec) -> int:
+        """To the Job's deadline, as if none of it were waits, and then the time to save."""
+        return deadline_seconds(spec, self.settings) + math.ceil(self.settings.grace_seconds)
 
     def _identity(self, request: dict[str, JsonValue]) -> dict[str, JsonValue]:
         return without_volatile(request)

@@ -89,7 +89,7 @@ def build_job(spec: JobSpec, settings: KubernetesSettings, class_name: str, kind
             "parallelism": 1,
             "completions": 1,
             "backoffLimit": settings.pod_retries,
-            "activeDeadlineSeconds": spec.max_runtime_seconds + settings.pending_limit_seconds,
+            "activeDeadlineSeconds": deadline_seconds(spec, settings),
             "ttlSecondsAfterFinished": settings.keep_seconds,
             # A second trainer only when the first one's end is known.
             "podReplacementPolicy": "Failed",
@@ -97,6 +97,11 @@ def build_job(spec: JobSpec, settings: KubernetesSettings, class_name: str, kind
             "template": {"metadata": {"labels": labels, "annotations": {**settings.annotations, **annotations}}, "spec": pod},
         },
     }
+
+
+def deadline_seconds(spec: JobSpec, settings: KubernetesSettings) -> int:
+    """From the Job's start, over all its pods, of which each may train for the maximum run time."""
+    return spec.max_runtime_seconds + settings.pending_limit_seconds
 
 
 def build_failure_policy() -> dict[str, JsonValue]:

@@ -172,21 +172,33 @@ def test_price_is_the_class_own_or_that_of_its_machine() -> None:
     assert spot.price is not None
     assert listed.price is not None
     assert (own.price.usd_per_hour, spot.price.usd_per_hour, listed.price.usd_per_hour) == (0.85, 0.34, 0.526)
-    assert own.worst_case_usd == 0.85
     assert make_plan().price is None
-    with pytest.raises(ConfigError, match="at worst this costs"):
-        make_plan(settings, {"accelerator": "L4"}, max_cost_usd=0.5)
+    with pytest.raises(ConfigError, match=r"no limit of \$5\.00 can be kept") as refused:
+        make_plan(max_cost_usd=5)
+    assert "usd_per_hour" in refused.value.hint
 
 
 def test_the_cost_at_worst_is_that_of_all_attempts() -> None:
-    chosen = {"instance_classes": GPU_CLASSES}, {"accelerator": "L4"}
+    """Each to the Job's own deadline: every new pod of it may train for the whole run time again."""
+    chosen = {"instance_classes": GPU_CLASSES, "pending_limit_seconds": 1770, "grace_seconds": 30}, {"accelerator": "L4"}
     plan = make_plan(*chosen, max_attempts=3)
-    assert plan.worst_case_usd == pytest.approx(3 * 0.85)
+    assert plan.request["job"]["spec"]["activeDeadlineSeconds"] == 3600 + 1770  # type: ignore[index, call-overload]
+    assert plan.worst_case_usd == pytest.approx(3 * 1.5 * 0.85)
     assert plan.fingerprint == make_plan(*chosen).fingerprint, "how often it may be tried changes no Job"
-    with pytest.raises(ConfigError, match=r"at worst this costs \$2\.55 \(3 attempts of 3600 s\)") as refused:
-        make_plan(*chosen, max_attempts=3, max_cost_usd=2.0)
+    with pytest.raises(ConfigError, match=r"at worst this costs \$3\.83 \(3 attempts of 5400 s, which is 3600 s of run time") as refused:
+        make_plan(*chosen, max_attempts=3, max_cost_usd=3.0)
     assert "attempts" in refused.value.hint
-    make_plan(*chosen, max_attempts=2, max_cost_usd=2.0)
+    make_plan(*chosen, max_attempts=2, max_cost_usd=3.0)
+
+
+def test_what_earlier_attempts_cost_counts_where_a_run_goes_on() -> None:
+    chosen = {"instance_classes": GPU_CLASSES, "pending_limit_seconds": 1770, "grace_seconds": 30}, {"accelerator": "L4"}
+    limit = {"max_attempts": 2, "max_cost_usd": 3.0}
+    make_plan(*chosen, **limit, attempt=2, spent_usd=1.275)
+    make_plan(*chosen, **limit, attempt=3, spent_usd=1.7)
+    with pytest.raises(ConfigError, match=r"\$3\.08 \(1 attempt of 5400 s.* after \$1\.80 for those before\)") as refused:
+        make_plan(*chosen, **limit, attempt=3, spent_usd=1.8)
+    assert "--weights" in refused.value.hint
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ def test_a_plan_tells_what_its_cost_at_worst_covers() -> None:
     assert describe_worst_case(plan) == told
     once = plan.model_copy(update={"spec": make_spec({})})
     assert "for one attempt of 1h00m" in describe_worst_case(once)
+    longer = describe_worst_case(once.model_copy(update={"attempt_seconds": 7200}))
+    assert "for one attempt of 2h00m; that is 1h00m of run time each, and the longest wait" in longer
     assert describe_worst_case(once.model_copy(update={"worst_case_usd": None})) == "at worst unknown"
     assert describe_worst_case(once.model_copy(update={"worst_case_usd": 0.0})) == "at worst $0.00"
 
