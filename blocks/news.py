@@ -15,6 +15,7 @@ from pydantic import AwareDatetime, Field
 from blocks.attempts import Action, next_step_of
 from blocks.job import JobState
 from blocks.record import Outcome, RunFile, RunRecord
+from blocks.spending import UNKNOWN, Cost, run_cost
 from trainer.contract import StoredRecord, utc_now
 
 TOLD = "told"
@@ -37,7 +38,7 @@ class News:
     subject: str
     cause: str
     next: str
-    cost_usd: float | None = None
+    cost: Cost = UNKNOWN  # of the run so far
 
     def event_id(self, run_id: str) -> UUID:
         """The same for every teller, so that a server that sees it twice knows it."""
@@ -74,18 +75,17 @@ def news_of(record: RunRecord, run: RunFile, now: datetime) -> list[News]:
             )
         )
     if outcome is not None and next_step_of(record, max_attempts=request.max_attempts).action is Action.DONE:
-        found += _ending(run, outcome, attempts[-1])
+        found += _ending(run, outcome, attempts[-1], run_cost(record, attempts[-1]))
     return found
 
 
-def _ending(run: RunFile, outcome: Outcome, attempt: int) -> list[News]:
-    cost = outcome.status.cost_usd if outcome.status else None
+def _ending(run: RunFile, outcome: Outcome, attempt: int, cost: Cost) -> list[News]:
     if outcome.state is JobState.SUCCEEDED:
         figures = ", ".join(f"{name} {value:.3f}" for name, value in (outcome.result.metrics if outcome.result else {}).items())
         model = outcome.result.model_uri if outcome.result else ""
         cause = f"{outcome.epoch} epochs; {figures}"
         subject, next_step = f"{run.name} finished", f"the model: {model}"
-        return [News(key="finished", event="trainyard.run.finished", subject=subject, cause=cause, next=next_step, cost_usd=cost)]
+        return [News(key="finished", event="trainyard.run.finished", subject=subject, cause=cause, next=next_step, cost=cost)]
     if outcome.state is JobState.FAILED:
         reason = outcome.reason.value if outcome.reason else "unknown"
         return [
@@ -95,7 +95,7 @@ def _ending(run: RunFile, outcome: Outcome, attempt: int) -> list[News]:
                 subject=f"{run.name} failed: {reason}",
                 cause=outcome.message or "no reason given",
                 next=outcome.hint or f"trainyard logs {run.run_id}; trainyard resume {run.run_id} goes on from the last checkpoint",
-                cost_usd=cost,
+                cost=cost,
             )
         ]
     return []

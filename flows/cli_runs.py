@@ -23,6 +23,7 @@ from blocks.lost import stop_run
 from blocks.outputs import Listing, in_parallel
 from blocks.places import user_name
 from blocks.record import RunFile, RunRecord
+from blocks.spending import run_cost
 from flows.cli_clean import Age, prune, rm
 from flows.cli_completion import run_argument
 from flows.display import print_table
@@ -67,6 +68,7 @@ def summarize(record: RunRecord, seen: Seen | None = None) -> dict[str, Any]:
     outcome = record.outcome(attempt) if attempt else None
     result = outcome.result if outcome else None
     progress = status.progress
+    cost = run_cost(record, attempt, status)
     return {
         "run_id": record.run_id,
         "name": run.name,
@@ -78,7 +80,8 @@ def summarize(record: RunRecord, seen: Seen | None = None) -> dict[str, Any]:
         "metrics_split": result.metrics_split if result else "val",
         "model_uri": result.model_uri if result else None,
         "manifest_uri": result.manifest_uri if result else None,
-        "cost_usd": status.cost_usd,
+        "cost_usd": cost.usd,
+        "cost_at_least": cost.at_least,
         "duration_seconds": result.duration_seconds if result else None,
         "provider": run.provider,
         "owner": run.owner,
@@ -164,7 +167,7 @@ def table_row(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['epoch']}/{row['epochs'] or '?'}",
         "" if map50 is None else f"{map50:.3f} {row['metrics_split']}",
         format_seconds(age),
-        format_cost(row["cost_usd"]),
+        format_cost(row["cost_usd"], at_least=row["cost_at_least"]),
         row["owner"],
     )
 

@@ -22,6 +22,7 @@ from blocks.counting import Counts
 from blocks.errors import RunNotFound
 from blocks.job import JobState, JobStatus, Result
 from blocks.record import RunFile, RunRecord
+from blocks.spending import run_cost
 from flows.identity import record_of_flow_run
 from flows.reporting_text import (
     best_of,
@@ -129,7 +130,7 @@ class ProgressReporter:
         with run_page(current_flow_run.id) as page:
             page.put(PROGRESS_KEY, "progress", percent, line)
             page.put(METRICS_KEY, "table", json.dumps(epoch_table(epochs)), f"{best_of(epochs)} ({run.name})")
-            page.put(REPORT_KEY, "markdown", build_running_report(run, status, epochs), line)
+            page.put(REPORT_KEY, "markdown", build_running_report(run, status, epochs, run_cost(self.record, seen=status)), line)
             page.tag(running_tags(status))
 
 
@@ -173,9 +174,10 @@ def publish_report(record: RunRecord, run: RunFile, result: Result, logger: Logg
         source = record.dataset_ref()
     except RunNotFound:  # a result that is paid for is told all the same
         source = None
-    report = build_report(run, result, record.dataset(), source, evaluation)
+    cost = run_cost(record)
+    report = build_report(run, result, cost, record.dataset(), source, evaluation)
     record.folder.put(RunLayout.REPORT, report.encode())
-    line = f"{describe_result(result)} ({run.name})"
+    line = f"{describe_result(result, cost)} ({run.name})"
     epochs = read_epochs(record)
     with best_effort(logger), run_page(current_flow_run.id) as page:
         page.put(METRICS_KEY, "table", json.dumps(epoch_table(epochs)), f"{best_of(epochs)} ({run.name})")

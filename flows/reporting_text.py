@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from blocks.job import JobStatus, Plan, Result, seconds_between
 from blocks.pricing import attempts_left
 from blocks.record import RunFile, RunRecord
+from blocks.spending import Cost, run_cost
 from flows.staging_text import format_seconds
 from trainer.contract import METRIC_NAMES, AttemptLayout, DatasetRef, Progress
 from trainer.dataset import DatasetIndex, DatasetProblem, ProblemKind
@@ -89,11 +90,11 @@ def replace_tags(present: list[str], ours: list[str]) -> list[str]:
 # --- Reports: headline, then what to do, then tables ----------------------------------------------------------
 
 
-def describe_result(result: Result) -> str:
-    """One line: how good, where, at what cost."""
+def describe_result(result: Result, cost: Cost) -> str:
+    """One line: how good, where, at what cost of the whole run."""
     return (
         f"mAP50 {format_figure(result.metrics.get('map50'))} on the {result.metrics_split} split after {result.epochs} epochs,"
-        f" {format_seconds(result.duration_seconds)}, cost {format_cost(result.cost_usd)}. Model: {place(result.model_uri)}"
+        f" {format_seconds(result.duration_seconds)}, cost {format_cost(*cost)}. Model: {place(result.model_uri)}"
     )
 
 
@@ -102,12 +103,12 @@ def place(uri: str) -> str:
     return str(to_path(uri)) if uri.startswith("file:") else uri
 
 
-def build_running_report(run: RunFile, status: JobStatus, epochs: list[Progress]) -> str:
+def build_running_report(run: RunFile, status: JobStatus, epochs: list[Progress], cost: Cost) -> str:
     """Pure: what the report says until there is a result."""
     lines = [
         f"# {run.name}: {describe_status(status)}",
         "",
-        f"**{best_of(epochs)}**, cost so far {format_cost(status.cost_usd)}.",
+        f"**{best_of(epochs)}**, cost so far {format_cost(*cost)}.",
         "",
         "Next: wait; this page and `training-metrics` grow with each epoch. Cancel here stops the training and keeps a checkpoint.",
         "",
@@ -161,7 +162,7 @@ def ending_of(record: RunRecord, flow_run_name: str, message: str, *, cancelled:
     facts = {
         "Epochs": f"{last.epoch} of {last.epochs}" if last else "0",
         "How good": best_of(epochs),
-        "Cost": format_cost(status.cost_usd if status else None),
+        "Cost": format_cost(*run_cost(record, attempts[-1] if attempts else 0)),
         "Time": format_seconds(seconds_between(status.started_at, status.ended_at))
         if status and status.started_at and status.ended_at
         else "-",
@@ -219,7 +220,9 @@ def run_line(run: RunFile) -> str:
     return f"Run `{run.run_id}`, owner {run.owner}, provider {run.provider}, started {run.created_at:%Y-%m-%d %H:%M} UTC."
 
 
-def build_report(run: RunFile, result: Result, index: DatasetIndex | None, source: DatasetRef | None, evaluation: dict[str, Any]) -> str:
+def build_report(
+    run: RunFile, result: Result, cost: Cost, index: DatasetIndex | None, source: DatasetRef | None, evaluation: dict[str, Any]
+) -> str:
     """Pure: the run's report as markdown. The verdict first. `index` and `source` are missing from the records of some old runs."""
     model = shlex.quote(place(result.model_uri))
     commands = {
@@ -232,7 +235,7 @@ def build_report(run: RunFile, result: Result, index: DatasetIndex | None, sourc
         "",
         f"**mAP50 {format_figure(result.metrics.get('map50'))}** on the {result.metrics_split} split"
         f" (mAP50-95 {format_figure(result.metrics.get('map50_95'))}), best of {result.epochs} epochs: {result.best_epoch}."
-        f" Time {format_seconds(result.duration_seconds)}, cost {format_cost(result.cost_usd)}.",
+        f" Time {format_seconds(result.duration_seconds)}, cost {format_cost(*cost)}.",
         "",
         f"Model: `{place(result.model_uri)}`",
         "",
@@ -241,7 +244,7 @@ def build_report(run: RunFile, result: Result, index: DatasetIndex | None, sourc
         "|" + "---|" * (len(METRIC_NAMES) + 2),
         "| "
         + " | ".join(f"{result.metrics.get(name, float('nan')):.4f}" for name in METRIC_NAMES)
-        + f" | {format_cost(result.cost_usd)} | {format_seconds(result.duration_seconds)} |",
+        + f" | {format_cost(*cost)} | {format_seconds(result.duration_seconds)} |",
         "",
     ]
     lines += class_table(evaluation)
@@ -309,5 +312,5 @@ def describe_worst_case(plan: Plan) -> str:
     return f"{cost} for {attempts} of {format_seconds(plan.attempt_seconds or run_time)}; {waits}"
 
 
-def format_cost(usd: float | None) -> str:
-    return "unknown" if usd is None else f"${usd:.2f}"
+def format_cost(usd: float | None, at_least: bool = False) -> str:
+    return "unknown" if usd is None else f"{'at least ' if at_least else ''}${usd:.2f}"

@@ -29,7 +29,10 @@ from trainer.contract import AttemptLayout, ExitCode, RunLayout, TrainyardError
 from trainer.storage import is_bucket, to_path
 
 TEMPORARY_SERVER = "starting a temporary Prefect server for this run: about half a minute (`trainyard up` keeps one running)"
-SUMMARY = ("run_id", "name", "state", "model_uri", "manifest_uri", "metrics", "metrics_split", "cost_usd", "duration_seconds")
+SUMMARY = (
+    *("run_id", "name", "state", "model_uri", "manifest_uri", "metrics", "metrics_split"),
+    *("cost_usd", "cost_at_least", "duration_seconds"),
+)
 
 
 # --- Which run --------------------------------------------------------------------------------------------
@@ -235,6 +238,6 @@ def print_result(summary: dict[str, Any], as_json: bool) -> None:
     picture = f"{attempt}/{AttemptLayout.SAMPLES}/grid.jpg"
     if not is_bucket(picture) and to_path(picture).exists():
         click.echo(f"  picture  {place(picture)}")
-    click.echo(f"  cost     {format_cost(summary['cost_usd'])}")
+    click.echo(f"  cost     {format_cost(summary['cost_usd'], at_least=summary['cost_at_least'])}")
     if is_bucket(summary["model_uri"]):
         click.echo(f"  next     trainyard collect {summary['run_id']}   (brings the model here)")

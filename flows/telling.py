@@ -17,7 +17,7 @@ from trainer.contract import utc_now
 
 def build_event(run: RunFile, news: News) -> dict[str, Any]:
     """Pure. The body of one event as Prefect's ``POST /events`` takes it."""
-    cost = format_cost(news.cost_usd)
+    cost = format_cost(*news.cost)
     lines = (
         news.subject,
         f"run: {run.run_id} ({run.provider}), owner {run.owner}",

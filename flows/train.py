@@ -26,7 +26,7 @@ from blocks.naming import display_name
 from blocks.profiles import Profile, load_profile
 from blocks.provider import Provider
 from blocks.record import RunFile, RunRecord
-from blocks.spending import most_spent
+from blocks.spending import Cost, most_spent, run_cost
 from flows import image as image_tasks, job_tasks, reporting
 from flows.cancelling import cancel_job, stop_if_cancelled
 from flows.drafting import draft_spec
@@ -132,7 +132,8 @@ def train(  # noqa: PLR0913, PLR0917 - the parameters are the run form in the Pr
                 raise
             # Stopped from the command line, say: Prefect shows it as what it is, not as a failure.
             return end_as_cancelled(str(exc))
-    return Completed(data=summarize(run, result), message=describe_result(result))
+    cost = run_cost(record)
+    return Completed(data=summarize(run, result, cost), message=describe_result(result, cost))
 
 
 def end_as_cancelled(message: str) -> State[Any]:
@@ -228,7 +229,7 @@ def endpoint_of(record: RunRecord) -> str | None:
     return access.endpoint if access else None
 
 
-def summarize(run: RunFile, result: Result) -> dict[str, Any]:
+def summarize(run: RunFile, result: Result, cost: Cost) -> dict[str, Any]:
     """The one object that `--json` prints and the flow returns."""
     return {
         "run_id": run.run_id,
@@ -238,6 +239,7 @@ def summarize(run: RunFile, result: Result) -> dict[str, Any]:
         "manifest_uri": result.manifest_uri,
         "metrics": result.metrics,
         "metrics_split": result.metrics_split,
-        "cost_usd": result.cost_usd,
+        "cost_usd": cost.usd,
+        "cost_at_least": cost.at_least,
         "duration_seconds": result.duration_seconds,
     }

@@ -79,19 +79,19 @@ def parse_status(native: Native) -> JobStatus:
     tells = record is not None and record.exit_code != 0 and view.state is JobState.FAILED and _agrees(record, view.cause)
     cause = Cause(record.reason or FailureReason.UNKNOWN, record.message, record.hint) if record is not None and tells else view.cause
     message = cause.message if cause is not None else view.message
-    seconds = seconds_between(start.since, ended or native.now) if start.since is not None else 0
+    held = find_held(native, start, ended)
     return JobStatus(
         state=view.state,
         native_state=view.native,
         reason=cause.reason if cause is not None else None,
-        message=add_bound(message) if over and start.at_most else message,
+        message=add_bound(message) if over and held.at_most else message,
         hint=cause.hint if cause is not None else "",
         waiting=find_wait(view),
         exit_code=record.exit_code if record is not None else None,
         restarts=max(0, count_pods(native) - 1),
         progress=native.progress,
         instance_type=word(annotations, INSTANCE),
-        cost_usd=None if not price else round(float(price) * seconds / 3600, 4),
+        cost_usd=None if not price else round(float(price) * held.seconds / 3600, 4),
         started_at=start.since,
         ended_at=ended,
         observed_at=native.now,
@@ -278,6 +278,37 @@ def find_start(native: Native) -> Start:
     if not held or began is None or (all_there and first is not None and seconds_between(began, first) <= FIRST_POD_SECONDS):
         return Start(known)
     return Start(min(began, known or began), at_most=True)
+
+
+class Held(NamedTuple):
+    """For how long a machine was held; `at_most`: it may have been less."""
+
+    seconds: float
+    at_most: bool = False
+
+
+def find_held(native: Native, start: Start, ended: datetime | None) -> Held:
+    """Each pod from its start to its end, where all are there: between two of them, the Job may wait for a machine and holds none."""
+    if start.since is None:
+        return Held(0.0)
+    until, pods = ended or native.now, native.pods
+    ends = [find_pod_end(pod, until) for pod in pods]
+    made = [time_at(pod, "metadata", "creationTimestamp") for pod in pods[1:]]
+    # A Job makes a pod when the last one has ended. One that was asked to stop may have had another since, which is gone.
+    cancelled = CANCELLED_AT in child(native.job, "metadata", "annotations")
+    follows = [*zip(ends, made, strict=False), *([(ends[-1], ended)] if ends and cancelled and ended is not None else [])]
+    gaps = [end is None or after is None or seconds_between(end, after) > FIRST_POD_SECONDS for end, after in follows]
+    if start.at_most or any(gaps) or len(pods) < 2:
+        return Held(seconds_between(start.since, until), at_most=start.at_most or any(gaps))
+    starts = [time_at(pod, "status", "startTime") for pod in pods]
+    return Held(sum(seconds_between(began, end or until) for began, end in zip(starts, ends, strict=True) if began is not None))
+
+
+def find_pod_end(pod: Object, until: datetime) -> datetime | None:
+    """None where nothing tells it."""
+    if is_alive(pod):
+        return until
+    return time_at(container_state(pod), "terminated", "finishedAt") or time_at(condition(pod, "DisruptionTarget"), "lastTransitionTime")
 
 
 def find_end(native: Native) -> datetime:

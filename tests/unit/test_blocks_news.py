@@ -55,7 +55,7 @@ def test_news_names_cause_cost_and_next_step(record: RunRecord) -> None:
         1, Outcome(state=JobState.FAILED, reason=FailureReason.DATA, message="a box is outside", hint="mend it", status=status)
     )
     [news] = news_of(record, record.run(), utc_now())
-    assert (news.cause, news.next, news.cost_usd) == ("a box is outside", "mend it", 1.5)
+    assert (news.cause, news.next, news.cost) == ("a box is outside", "mend it", (1.5, False))
 
 
 def test_a_piece_of_news_is_sent_once_whoever_looks(record: RunRecord) -> None:

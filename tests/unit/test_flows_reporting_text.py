@@ -8,6 +8,7 @@ import pytest
 
 from blocks.job import JobState, JobStatus, Plan, Result
 from blocks.record import CancelRequest, RunFile, RunRecord
+from blocks.spending import Cost
 from flows.reporting import StagingReporter, publish_report
 from flows.reporting_text import (
     build_ending,
@@ -69,7 +70,7 @@ def made_result(manifest_uri: str = "file:///x") -> Result:
 
 def test_report_tells_the_verdict_first_and_knows_classes_without_figures() -> None:
     row: dict[str, Any] = {"name": "rare", "instances": 0, **dict.fromkeys(("precision", "recall", "map50", "map50_95"))}
-    lines = build_report(RUN, made_result(), None, None, {"classes": [row]}).splitlines()
+    lines = build_report(RUN, made_result(), Cost(), None, None, {"classes": [row]}).splitlines()
     assert lines[2].startswith("**mAP50 0.690** on the test split")
     assert "| rare | 0 | - | - | - | - |" in lines
     assert "unknown" in "".join(lines), "no price, so no cost"
@@ -107,8 +108,9 @@ VERSION = "0123456789abcdef" * 4
 )
 def test_report_names_store_and_version_of_the_dataset(values: dict[str, Any], told: list[str]) -> None:
     source = DatasetRef(index_uri="file:///runs/i.json", version=VERSION, name="cells", image_count=4, **values)
-    lines = build_report(RUN, made_result(), None, source, {}).splitlines()
+    lines = build_report(RUN, made_result(), Cost(2.5, at_least=True), None, source, {}).splitlines()
     assert [line for line in lines if "version `" in line or "fetch it" in line] == told
+    assert "cost at least $2.50" in lines[2], "that of the run, and not of the attempt that the result is of"
     assert lines[-1].startswith("Run `abcd`")
 
 
