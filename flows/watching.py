@@ -10,17 +10,17 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from blocks.attempts import DEADLINE
 from blocks.errors import ProviderError, ServiceUnavailable, is_transient
-from blocks.job import JobRef, JobState, JobStatus, WatchPolicy
+from blocks.job import JobRef, JobState, JobStatus, WatchPolicy, seconds_between
 from blocks.pending import PENDING_LIMIT, Limits, PendingJudge
 from blocks.provider import Provider
 from blocks.record import CancelRequest, RunRecord
 from blocks.stalling import RECOVERED, RESTART, STALLED, Stall, StallJudge, as_restart, may_restart
-from trainer.contract import TrainyardError, utc_now
+from trainer.contract import TrainyardError
 
 Listener = Callable[[JobStatus], None]
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
@@ -98,15 +98,23 @@ class TimeLimits:
     ) -> None:
         self._record, self._ref, self._seconds, self._clock = record, ref, max_runtime_seconds, clock
         self._pending = PendingJudge(pending)
-        # Waiting for a machine costs nothing and is no run time: the clock starts when the job was first seen to have one.
-        self._running_since: datetime | None = None
+        # Waiting for a machine costs nothing and is no run time, the first time and again: what counts is the time from one look
+        # at a job that has one to the next.
+        self._ran_seconds = 0.0
+        self._seen_running: datetime | None = None
+
+    def _add_run_time(self, status: JobStatus) -> None:
+        if status.waiting is not None or status.state is JobState.QUEUED:
+            self._seen_running = None
+        elif status.state in (JobState.STARTING, JobState.RUNNING):  # others leave open whether it runs: the next look tells
+            if self._seen_running is not None:
+                self._ran_seconds += seconds_between(self._seen_running, status.observed_at)
+            self._seen_running = status.observed_at
 
     def observe(self, status: JobStatus) -> None:
-        if self._running_since is None and status.state in (JobState.STARTING, JobState.RUNNING):
-            self._running_since = utc_now()
+        self._add_run_time(status)
         gave_up = self._pending.observe(status, self._clock())
-        allowed = timedelta(seconds=self._seconds + DEADLINE_MARGIN_SECONDS)
-        if self._running_since is not None and utc_now() > self._running_since + allowed:
+        if self._seen_running is not None and self._ran_seconds > self._seconds + DEADLINE_MARGIN_SECONDS:
             # A name that `blocks.attempts` knows as nobody's wish, so that the run ends as out of time, not as cancelled.
             self._stop(
                 CancelRequest(attempt=self._ref.attempt, asked_by=DEADLINE, why=f"over its maximum run time of {self._seconds:.0f} s")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from blocks.errors import JobNotFound, RateLimited, ServiceUnavailable
 from blocks.job import FailureReason, JobRef, JobState, JobStatus, Waiting, WatchPolicy
 from blocks.pending import PENDING_LIMIT
 from blocks.record import CancelRequest, RunRecord
-from flows.watching import DEADLINE_MARGIN_SECONDS, MOST_FAILED_POLLS, STALL_POLICY, StallGuard, next_delay, watch
+from flows.watching import DEADLINE_MARGIN_SECONDS, MOST_FAILED_POLLS, STALL_POLICY, StallGuard, TimeLimits, next_delay, watch
 from trainer.contract import STEPPING, Phase, Progress, utc_now
 
 BOUNDS = (1.0, 60.0)
@@ -123,6 +124,29 @@ def test_a_job_that_outlives_its_time_is_stopped_and_one_that_waits_is_not(tmp_p
     assert provider.cancelled == cancels
     asked = record.cancel_request(1)
     assert (asked.asked_by if asked else "") == (DEADLINE if cancels else "")
+
+
+def run_time(record: RunRecord, ref: JobRef, *looks: tuple[JobState, float, Waiting | None]) -> CancelRequest | None:
+    """The wish to stop that an hour of run time leads to; looks at the job so many minutes after its start."""
+    start = utc_now()
+    limits = TimeLimits(record, ref, 3600 - DEADLINE_MARGIN_SECONDS, {})
+    for state, minutes, waiting in looks:
+        limits.observe(JobStatus(state=state, waiting=waiting, observed_at=start + timedelta(minutes=minutes)))
+    return record.cancel_request(1)
+
+
+def test_waiting_again_is_no_run_time(tmp_path: Path) -> None:
+    """Pre-empted after ten minutes, and queued for hours: only what it trains then counts on."""
+    ref, running, unknown = make_ref(tmp_path), JobState.RUNNING, JobState.UNKNOWN
+    for number, (state, waiting) in enumerate([(JobState.QUEUED, None), (JobState.STARTING, Waiting.MACHINE)]):
+        waited = ((running, 0, None), (running, 10, None), (state, 11, waiting), (state, 300, waiting), (running, 301, None))
+        record = RunRecord(str(tmp_path), f"watch{number}")
+        assert run_time(record, ref, *waited, (running, 350, None)) is None
+        asked = run_time(record, ref, *waited, (running, 352, None))
+        assert asked is not None
+        assert asked.asked_by == DEADLINE
+    unseen = ((running, 0, None), (unknown, 30, None), (running, 61, None))
+    assert run_time(RunRecord(str(tmp_path), "unseen"), ref, *unseen) is not None, "it may have run all the time"
 
 
 def test_a_job_that_waits_for_what_nobody_mends_is_stopped_and_its_cause_told(tmp_path: Path) -> None:
