@@ -133,17 +133,7 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
         )
         if wish is not None:
             provider.cancel(ref)  # over, and proven: what is left of the job may go
-    outcome = Outcome(
-        state=status.state,
-        reason=status.reason,
-        message=status.message,
-        hint=status.hint,
-        exit_code=status.exit_code,
-        epoch=status.progress.epoch if status.progress else 0,
-        result=result,
-        status=status,
-    )
-    closed = record.write_outcome(ref.attempt, outcome)
+    closed = record.write_outcome(ref.attempt, Outcome.of(status, result))
     if restart_why or (wish is not None and succeeded):
         provider.cancel(ref)  # told to stop as well, and without a receipt: the outcome proves that it is over
     return closed

@@ -43,17 +43,7 @@ def close_lost(record: RunRecord, cause: ProviderError, *, asked_by: str) -> Out
         told = f"its result is all there; what it cost is not known, since {cause.message}"
         status = status.model_copy(update={"state": JobState.SUCCEEDED, "reason": None, "message": told, "hint": ""})
     record.add_event(LOST, status.message, attempt=attempt)
-    outcome = Outcome(
-        state=status.state,
-        reason=status.reason,
-        message=status.message,
-        hint=status.hint,
-        exit_code=status.exit_code,
-        epoch=status.progress.epoch if status.progress else 0,
-        result=result,
-        status=status,
-    )
-    return record.write_outcome(attempt, outcome)
+    return record.write_outcome(attempt, Outcome.of(status, result))
 
 
 def status_of_lost(record: RunRecord, attempt: int, ref: JobRef | None, cause: ProviderError, asked_by: str) -> JobStatus:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 from pydantic import AwareDatetime, Field, JsonValue
 
@@ -60,6 +60,19 @@ class Outcome(StoredRecord):
     result: Result | None = None
     status: JobStatus | None = None
     closed_at: AwareDatetime = Field(default_factory=utc_now)
+
+    @classmethod
+    def of(cls, status: JobStatus, result: Result | None) -> Self:
+        return cls(
+            state=status.state,
+            reason=status.reason,
+            message=status.message,
+            hint=status.hint,
+            exit_code=status.exit_code,
+            epoch=status.progress.epoch if status.progress else 0,
+            result=result,
+            status=status,
+        )
 
 
 class CancelRequest(StoredRecord):
