@@ -137,6 +137,7 @@ def test_killed_command_line_attaches_again(stack: Stack, shapes: Path, tmp_path
     assert set((stack.home / "runs").iterdir()) - before == {folder}
 
 
+@pytest.mark.full
 def test_killed_trainer_is_replaced_by_an_attempt_that_goes_on(stack: Stack, shapes: Path) -> None:
     """Supervisor and fit are killed while the flow watches: the next attempt resumes, no more than an epoch is lost."""
     options = [part for name, value in LONG.items() for part in (f"--{name.replace('_', '-')}", str(value))]

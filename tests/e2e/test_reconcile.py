@@ -37,6 +37,7 @@ def test_flow_and_worker_killed(stack: Stack, shapes: Path, worker: subprocess.P
 
 
 @pytest.mark.usefixtures("worker")
+@pytest.mark.full
 def test_command_line_killed(stack: Stack, shapes: Path) -> None:
     """A flow run of the deployment goes on in its place, and the killed one is not shown as running for ever."""
     options = [part for name, value in LONG.items() for part in (f"--{name.replace('_', '-')}", str(value))]

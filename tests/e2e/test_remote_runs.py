@@ -159,6 +159,7 @@ def test_cancelled_while_it_is_watched(remote: Remote, shapes: Path) -> None:
     assert remote.jobs(run_id) == [f"ty-{run_id}-1"]
 
 
+@pytest.mark.full
 def test_the_flow_is_killed_and_the_command_goes_on(remote: Remote, shapes: Path) -> None:
     before = remote.run_ids()
     arguments = ("train", str(shapes), "--profile", "remote", *TINY, "--epochs", "30", "--seed", str(uuid4().int % 1000))

@@ -190,6 +190,7 @@ def test_log_is_followed_over_attempts_to_the_end_of_the_run(stack: Stack, shape
     assert (folder / "attempts/2/logs/trainer.log").read_text().splitlines()[-1] == text.splitlines()[-1]
 
 
+@pytest.mark.full
 def test_a_server_that_dies_is_told_and_the_training_goes_on(stack: Stack, shapes: Path, tmp_path: Path) -> None:
     """A server of this test's own; the command line survives it without a traceback."""
     from tests.stack import free_port

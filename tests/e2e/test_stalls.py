@@ -103,6 +103,7 @@ def test_a_hanging_training_is_restarted_and_resumes(stack: Stack, shapes: Path)
     assert not (folder / "cancel.json").exists()
 
 
+@pytest.mark.full
 def test_a_hanging_training_is_stopped_with_a_receipt(stack: Stack, shapes: Path) -> None:
     save_profile(stack, "stall-stop", "stop")
     with training(stack, shapes, "stall-stop") as (command, folder):
