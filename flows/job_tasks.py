@@ -247,8 +247,8 @@ def submit_job(provider: Provider[Any], record: RunRecord, plan: Plan) -> JobRef
 
 
 @task(name="watch", task_run_name="train {plan.spec.config.model}, {plan.spec.config.epochs} epochs", **RETRIES)
-def watch_job(provider: Provider[Any], record: RunRecord, plan: Plan, ref: JobRef, listener: Listener) -> JobStatus:
-    """The job's last status."""
+def watch_job(provider: Provider[Any], record: RunRecord, plan: Plan, ref: JobRef, listener: Listener) -> JobStatus | None:
+    """The job's last status; None where another process has closed the attempt."""
     logger = get_run_logger()
     reporter = ProgressReporter(record, logger)
     guard = StallGuard(record, ref, record.run().watch, provider.CAPABILITIES.poll_seconds[1], logger)
