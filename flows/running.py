@@ -119,12 +119,14 @@ def run_and_print(
     try:
         if prefect_settings.require_server() is None:
             display.say(TEMPORARY_SERVER)
+        from flows.job_tasks import ON_RETRY
         from flows.train import LISTENER, train
 
         # Log lines that Prefect's server does not take: the record has all, and the end tells.
         logging.raiseExceptions = False
         parameters = {name: getattr(request, name) for name in TrainRequest.model_fields}
         LISTENER.set(display.on_status)
+        ON_RETRY.set(display.say)
         with display:
             # Prefect types a call as if it could return a state; with return_state unset it cannot.
             summary = cast("dict[str, Any]", train(**parameters, run_id=run_id, run_key=run_key, resume=resume))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -8,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import Failed
 
 from blocks.attempts import DEADLINE
 from blocks.errors import JobNotFound, RateLimited, ServiceUnavailable
@@ -15,6 +18,7 @@ from blocks.job import FailureReason, JobRef, JobState, JobStatus, Waiting, Watc
 from blocks.pending import PENDING_LIMIT
 from blocks.record import CancelRequest, Outcome, RunRecord
 from flows.display import TrainingDisplay
+from flows.job_tasks import ON_RETRY, _is_transient
 from flows.watching import DEADLINE_MARGIN_SECONDS, MOST_FAILED_POLLS, STALL_POLICY, StallGuard, TimeLimits, next_delay, watch
 from trainer.contract import STEPPING, Phase, Progress, utc_now
 
@@ -213,6 +217,26 @@ def test_a_job_that_waits_for_what_nobody_mends_is_stopped_and_its_cause_told(tm
     assert asked is not None
     assert (asked.asked_by, asked.reason, asked.hint, provider.cancelled) == (PENDING_LIMIT, FailureReason.IMAGE, "push it", 1)
     assert "no such image" in asked.why
+
+
+@pytest.mark.parametrize(
+    ("exc", "told"),
+    [
+        (ServiceUnavailable("no answer", hint="start it"), ["submit attempt 2: no answer; it is tried again, 1 of 5 times (start it)"]),
+        (JobNotFound("gone"), []),
+        (KeyError("a defect"), []),
+    ],
+)
+def test_a_step_that_is_tried_again_says_so_where_the_flow_was_started(exc: Exception, told: list[str]) -> None:
+    heard: list[str] = []
+    token = ON_RETRY.set(heard.append)
+    try:
+        again = asyncio.run(
+            _is_transient(None, TaskRun(name="submit attempt 2", task_key="k", dynamic_key="1", run_count=1), Failed(data=exc))
+        )
+    finally:
+        ON_RETRY.reset(token)
+    assert (again, heard) == (bool(told), told)
 
 
 # --- Stalls ----------------------------------------------------------------------------------------------
