@@ -20,13 +20,21 @@ CANNOT_ASK = (ServiceUnavailable, AuthError, ConfigError)
 
 
 def stop_run(record: RunRecord, *, asked_by: str, why: str = "", lost: bool = False) -> Outcome | None:
-    """As `cancel_run`. Where the provider cannot be asked, the run is closed all the same if it is said to be `lost`."""
+    """As `cancel_run`. Where the provider cannot be asked, the run is closed all the same if it is said to be `lost`.
+
+    What is raised otherwise says that the wish stands: the trainer reads it where it writes its checkpoints.
+    """
     try:
         return cancel_run(record, asked_by=asked_by, why=why)
     except CANNOT_ASK as exc:
         if lost:
             return close_lost(record, exc, asked_by=asked_by)
-        exc.hint = f"{exc.hint}; where it is gone for good, `trainyard cancel {record.run_id} --lost` closes the run"
+        closes = f"`trainyard cancel {record.run_id} --lost` closes the run"
+        exc.message = f"{exc.message}; the wish to stop is in the run's record, and the training itself looks for it"
+        if isinstance(exc, AuthError):
+            exc.hint = f"get a new login first: {exc.hint}; where there is none to be had any more, {closes}"
+        else:
+            exc.hint = f"{exc.hint}; where it is gone for good, {closes}"
         raise
 
 

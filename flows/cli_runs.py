@@ -16,8 +16,9 @@ import click
 from pydantic import ValidationError
 
 from blocks import load_provider
+from blocks.attempt_objects import read_progress
 from blocks.attempts import Action, next_step_of, provider_of
-from blocks.errors import ConfigError, JobNotFound, ServiceUnavailable, TransientError
+from blocks.errors import ConfigError, MissingExtra, ProviderError, ServiceUnavailable
 from blocks.job import JobRef, JobState, JobStatus
 from blocks.lost import stop_run
 from blocks.outputs import Listing, in_parallel
@@ -30,6 +31,7 @@ from flows.display import print_table
 from flows.finding import find_run, list_runs, remember_profile
 from flows.reporting_text import describe_status, format_cost, format_seconds
 from trainer.contract import ExitCode, TrainyardError, utc_now
+from trainer.storage import ObjectFolder
 
 FOLLOW_SECONDS = 1.0
 # From the end of a job to its outcome in the record: a result is collected in between.
@@ -58,8 +60,9 @@ def observe(record: RunRecord) -> Seen:
         return Seen(JobStatus(state=JobState.STARTING, message="planned, not yet submitted"), attempt)
     try:
         return Seen(provider_of(record).poll(ref), attempt)
-    except (JobNotFound, TransientError) as exc:  # what is recorded is told all the same
-        return Seen(JobStatus(state=JobState.UNKNOWN, message=exc.message, hint=exc.hint), attempt, exc)
+    except (ProviderError, MissingExtra) as exc:  # what is recorded is told all the same
+        progress = read_progress(ObjectFolder(record.attempt_uri(attempt), record.access.resolve(record.uri)))
+        return Seen(JobStatus(state=JobState.UNKNOWN, message=exc.message, hint=exc.hint, progress=progress), attempt, exc)
 
 
 def summarize(record: RunRecord, seen: Seen | None = None) -> dict[str, Any]:
@@ -137,9 +140,12 @@ runs.add_command(prune)
 
 
 def row_of(record: RunRecord, listing: Listing) -> dict[str, Any] | None:
-    """None of a run that cannot be read now, which the listing then says."""
+    """None of a run that cannot be read now, which the listing then says, as it does of one whose job cannot be looked at."""
     try:
-        return summarize(record)
+        seen = observe(record)
+        if seen.failure is not None:
+            listing.silent[record.uri] = seen.failure
+        return summarize(record, seen)
     except ValidationError as exc:
         listing.damaged[record.uri] = exc
     except (TrainyardError, OSError) as exc:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
-from blocks.job import JobStatus
+from blocks.job import JobState, JobStatus
 from blocks.record import RunRecord
 from flows.reporting_text import dataset_lines, describe_status, format_seconds
 
@@ -58,9 +58,11 @@ class TrainingDisplay:
             index = record.dataset()
             for line in [] if index is None else dataset_lines(index):
                 self.say(line)
-        if self.bar is None:
+        unknown = status.state is JobState.UNKNOWN
+        if self.bar is None or unknown or self.last:  # beside the bar: that nobody sees the job, and then that it is seen again
             self._plain(status)
-        else:
+        if self.bar is not None:
+            self.last = self.last if unknown else ""
             self._live(self.bar, record, status)
 
     def _plain(self, status: JobStatus) -> None:
@@ -80,7 +82,7 @@ class TrainingDisplay:
 def describe_live(status: JobStatus) -> str:
     """The moving part of the bar: phase, epoch and step, best figure so far, rate, ETA."""
     progress = status.progress
-    if progress is None or not progress.steps:
+    if progress is None or not progress.steps or status.state is JobState.UNKNOWN:
         return describe_status(status)
     parts = [f"{progress.phase.value} {min(progress.epoch + 1, progress.epochs)}/{progress.epochs} step {progress.step}/{progress.steps}"]
     parts += [f"val mAP50 {progress.metrics['map50']:.3f}"] if "map50" in progress.metrics else []

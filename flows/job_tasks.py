@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,27 @@ from trainer.dataset import DatasetIndex, check_dataset
 from trainer.store_access import access_to
 
 
-async def _is_transient(_task: object, _run: TaskRun, state: State[Any]) -> bool:
-    return is_transient(await state.aresult(raise_on_failure=False))
+def _ignore(_line: str) -> None:
+    """Nobody listens: the flow runs on a worker, and Prefect's log has it."""
+
+
+# The command line says what the flow that it started itself waits for: several minutes, where each request waits for its answer.
+ON_RETRY: ContextVar[Callable[[str], None]] = ContextVar("ON_RETRY", default=_ignore)
+MOST_RETRIES = 5
+
+
+async def _is_transient(_task: object, run: TaskRun, state: State[Any]) -> bool:
+    """Asked by Prefect before each retry, and only then."""
+    exc = await state.aresult(raise_on_failure=False)
+    if not (isinstance(exc, TrainyardError) and is_transient(exc)):
+        return False
+    hint = f" ({exc.hint})" if exc.hint else ""
+    ON_RETRY.get()(f"{run.name}: {exc.message}; it is tried again, {run.run_count} of {MOST_RETRIES} times{hint}")
+    return True
 
 
 RETRIES: dict[str, Any] = {
-    "retries": 5,
+    "retries": MOST_RETRIES,
     "retry_delay_seconds": exponential_backoff(backoff_factor=2),
     "retry_jitter_factor": 0.5,
     "retry_condition_fn": _is_transient,
@@ -247,8 +263,8 @@ def submit_job(provider: Provider[Any], record: RunRecord, plan: Plan) -> JobRef
 
 
 @task(name="watch", task_run_name="train {plan.spec.config.model}, {plan.spec.config.epochs} epochs", **RETRIES)
-def watch_job(provider: Provider[Any], record: RunRecord, plan: Plan, ref: JobRef, listener: Listener) -> JobStatus:
-    """The job's last status."""
+def watch_job(provider: Provider[Any], record: RunRecord, plan: Plan, ref: JobRef, listener: Listener) -> JobStatus | None:
+    """The job's last status; None where another process has closed the attempt."""
     logger = get_run_logger()
     reporter = ProgressReporter(record, logger)
     guard = StallGuard(record, ref, record.run().watch, provider.CAPABILITIES.poll_seconds[1], logger)

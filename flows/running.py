@@ -13,10 +13,11 @@ from typing import Any, cast
 import click
 from pydantic import ValidationError
 
-from blocks.attempts import Action, cancel_run, next_step_of, result_of
+from blocks.attempts import Action, next_step_of, result_of
 from blocks.claims import claim_run, release
 from blocks.errors import PlanChanged, ServiceUnavailable
 from blocks.job import JobState, TrainRequest
+from blocks.lost import stop_run
 from blocks.naming import run_id_of_key
 from blocks.outputs import all_runs, look_everywhere
 from blocks.places import user_name
@@ -118,12 +119,14 @@ def run_and_print(
     try:
         if prefect_settings.require_server() is None:
             display.say(TEMPORARY_SERVER)
+        from flows.job_tasks import ON_RETRY
         from flows.train import LISTENER, train
 
         # Log lines that Prefect's server does not take: the record has all, and the end tells.
         logging.raiseExceptions = False
         parameters = {name: getattr(request, name) for name in TrainRequest.model_fields}
         LISTENER.set(display.on_status)
+        ON_RETRY.set(display.say)
         with display:
             # Prefect types a call as if it could return a state; with return_state unset it cannot.
             summary = cast("dict[str, Any]", train(**parameters, run_id=run_id, run_key=run_key, resume=resume))
@@ -133,6 +136,7 @@ def run_and_print(
     except TrainyardError as exc:
         if as_json:
             print_failure(exc, recorded(display.record.run_id if display.record else run_id))
+        tell_left(display.record or next(iter(find_records(run_id) if run_id else []), None))
         raise
     except (httpx.HTTPError, RuntimeError) as exc:
         if isinstance(exc, RuntimeError) and "Failed to reach API" not in str(exc):
@@ -184,7 +188,7 @@ def ask_what_to_do(record: RunRecord | None) -> None:
         except (click.Abort, KeyboardInterrupt):
             answer = "d"
     if answer == "c":
-        outcome = cancel_run(record, asked_by=who_asks(), why="Ctrl-C")
+        outcome = stop_run(record, asked_by=who_asks(), why="Ctrl-C")
         told = f"is {outcome.state.value}, after epoch {outcome.epoch}" if outcome else "was asked to stop, and is not over yet"
         click.echo(f"run {record.run_id} {told}; `trainyard status {record.run_id}` tells more", err=True)
     else:
@@ -202,6 +206,16 @@ def tell_detached(record: RunRecord) -> None:
         f"  stop:   trainyard cancel {record.run_id}",
         err=True,
     )
+
+
+def tell_left(record: RunRecord | None) -> None:
+    """After an error, a login that has expired, say: a job that was submitted and is not known to be over goes on."""
+    try:
+        attempts = record.attempts() if record is not None else []
+        if record is not None and attempts and record.outcome(attempts[-1]) is None and record.ref(attempts[-1]) is not None:
+            tell_detached(record)
+    except TrainyardError as exc:
+        click.echo(f"whether the training goes on is not known: {exc.message}", err=True)
 
 
 # --- The result -------------------------------------------------------------------------------------------

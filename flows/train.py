@@ -220,7 +220,8 @@ def run_attempt(
         plan = job_tasks.make_plan(provider, record, spec)
     ref = job_tasks.submit_job(provider, record, plan)
     status = job_tasks.watch_job(provider, record, plan, ref, listener)
-    job_tasks.close_attempt(provider, record, ref, status)
+    if status is not None:
+        job_tasks.close_attempt(provider, record, ref, status)
 
 
 def endpoint_of(record: RunRecord) -> str | None:

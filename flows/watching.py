@@ -20,14 +20,16 @@ from blocks.pending import PENDING_LIMIT, Limits, PendingJudge
 from blocks.provider import Provider
 from blocks.record import CancelRequest, RunRecord
 from blocks.stalling import RECOVERED, RESTART, STALLED, Stall, StallJudge, as_restart, may_restart
-from trainer.contract import TrainyardError
+from trainer.contract import TrainyardError, utc_now
 
 Listener = Callable[[JobStatus], None]
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 # The provider stops the job itself at its maximum run time; this is for a provider that did not.
 DEADLINE_MARGIN_SECONDS = 300.0
-MOST_FAILED_POLLS = 20
+# An API server that is being replaced is away for minutes, and what others ask meanwhile is looked for after each failed poll.
+LONGEST_FAILED_SECONDS = 60.0
+MOST_FAILED_POLLS = 60  # about an hour
 STALL_POLICY = "stall policy"  # who asked, where a stalled run is stopped
 
 
@@ -35,12 +37,14 @@ def next_delay(quiet_polls: int, failed_polls: int, bounds: tuple[float, float],
     """Seconds until the next observation. Pure: `jitter` is a random number in 0..1.
 
     From the shortest wait, growing by half with each observation that showed nothing new, to the longest;
-    doubled with each that failed, to ten times the longest. A tenth more or less, so that many watchers spread.
+    doubled with each that failed, to ten times the longest, a minute at most where that itself is shorter. A tenth
+    more or less, so that many watchers spread.
     """
     shortest, longest = bounds
     delay = min(longest, shortest * 1.5 ** min(quiet_polls, 30))
     if failed_polls:
-        delay = min(10 * longest, max(delay, 1.0) * 2.0 ** min(failed_polls, 10))
+        bound = max(longest, min(10 * longest, LONGEST_FAILED_SECONDS))
+        delay = min(bound, max(delay, 1.0) * 2.0 ** min(failed_polls, 10))
     return delay * (0.9 + 0.2 * jitter)
 
 
@@ -128,6 +132,43 @@ class TimeLimits:
             self._record.request_cancel(request)
 
 
+class Silence:
+    """Looks that fail one after another. Told once each: that nobody sees the job, that a stop was asked for, and that it is seen again."""
+
+    def __init__(self, record: RunRecord, ref: JobRef, listener: Listener) -> None:
+        self._record, self._ref, self._listener = record, ref, listener
+        self._seen = JobStatus(state=JobState.UNKNOWN)
+        self._told: set[str] = set()
+
+    def on_failure(self, exc: TrainyardError) -> bool:
+        """Whether another process has closed the attempt meanwhile: nobody needs to see its job again."""
+        try:
+            self._tell("unseen", exc, "the training goes on, and is looked for again")
+            if self._record.outcome(self._ref.attempt) is not None:
+                return True
+            if (asked := self._record.cancel_request(self._ref.attempt)) is not None:
+                self._tell("unseen, to stop", exc, f"{asked.asked_by} asked for a stop, which the training itself looks for, too")
+        except TrainyardError as further:  # the record's store does not answer either
+            if not is_transient(further):
+                raise
+        return False
+
+    def end(self, status: JobStatus) -> JobStatus:
+        """What is told of a look that succeeded."""
+        self._seen = status
+        if not self._told:
+            return status
+        self._told.clear()
+        return status.model_copy(update={"message": "; ".join(filter(None, ("the job is seen again", status.message)))})
+
+    def _tell(self, native_state: str, exc: TrainyardError, meanwhile: str) -> None:
+        if native_state in self._told:
+            return
+        told = {"native_state": native_state, "message": f"{exc.message}; {meanwhile}", "hint": exc.hint}
+        self._listener(self._seen.model_copy(update={"state": JobState.UNKNOWN, "observed_at": utc_now(), **told}))
+        self._told.add(native_state)
+
+
 def watch(
     provider: Provider[Any],
     ref: JobRef,
@@ -137,20 +178,21 @@ def watch(
     guard: StallGuard,
     *,
     sleep: Callable[[float], None] = time.sleep,
-) -> JobStatus:
-    """Observes the job until its state is terminal, and returns that status.
+) -> JobStatus | None:
+    """Observes the job until its state is terminal, and returns that status; None where another closed the attempt while no look succeeded.
 
     Raises ServiceUnavailable where the provider or the record's store did not answer for long, and whatever terminal error a poll
     raises. Whoever leaves this loop by an exception leaves the job running: a lost watcher never stops a job.
     """
     limits = TimeLimits(record, ref, max_runtime_seconds, provider.pending_limits())
+    silence = Silence(record, ref, listener)
     quiet = failed = 0
     seen: tuple[object, ...] | None = None
     asked_to_stop = False
     while True:
         try:
             status = provider.observe(ref)
-            listener(status)
+            listener(silence.end(status))
             if status.state.is_terminal:
                 return as_restart(status, guard.restart_why)
             limits.observe(status)
@@ -165,6 +207,8 @@ def watch(
             if failed > MOST_FAILED_POLLS:
                 who = provider.NAME if isinstance(exc, ProviderError) else "the store"
                 raise ServiceUnavailable(f"{who} did not answer {failed} times in a row: {exc.message}", hint=exc.hint) from exc
+            if silence.on_failure(exc):
+                return None
         else:
             failed = 0
             now_seen = (status.state, status.message, status.progress.epoch if status.progress else 0)

@@ -21,7 +21,7 @@ LABEL_KEY = re.compile(rf"({_DNS_NAME}/)?{_WORD}\Z")  # so are taints and extend
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 SECRET_NAME = re.compile(r"(?i)(secret|password|passwd|token|credential|private|(access|api|account|sas)_?key)")
 # A Job that goes as soon as it is over may be gone before a run has seen how it ended, which then counts as lost, and costs an attempt. A
-# flow looks every 33 s, every 330 s where the API server does not answer (`flows.watching.next_delay`); the one that goes on for a flow
+# flow looks every 33 s, every 66 s where the API server does not answer (`flows.watching.next_delay`); the one that goes on for a flow
 # that was killed comes within some three minutes (`flows.reconcile`).
 LEAST_KEEP_SECONDS = 600
 NAME = "kubernetes"

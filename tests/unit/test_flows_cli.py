@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from blocks.attempts import cancel_run
-from blocks.errors import ServiceUnavailable
+from blocks.errors import AuthError, ConfigError, ServiceUnavailable
 from blocks.job import JobRef, JobState, JobStatus
 from blocks.outputs import known_outputs, note_seen, remember_output
 from blocks.providers.local_process import LocalProvider
@@ -26,7 +26,7 @@ from flows.cli_completion import output_folders
 from flows.cli_store import Ticker
 from tests.unit.test_blocks_pruning import make_run
 from tests.unit.test_blocks_record import run_file
-from trainer.contract import ExitCode, TrainerError
+from trainer.contract import AttemptLayout, ExitCode, Phase, Progress, TrainerError, TrainyardError, utc_now
 
 BIN = Path(sys.executable).parent
 DONE = Outcome(state=JobState.SUCCEEDED)
@@ -95,23 +95,66 @@ def test_damage_of_one_run_is_told_and_the_others_are_listed(tmp_path: Path, nam
     assert line.startswith(f"damaged: {bad.uri} ")
 
 
-@pytest.mark.parametrize("options", [(), ("--json",)])
-def test_a_job_that_nobody_can_look_at_is_told_with_what_is_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
-) -> None:
+@pytest.fixture(params=[ServiceUnavailable, AuthError, ConfigError])
+def unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> RunRecord:
+    """A run whose job trains, and nobody can look at it."""
     record = make_run("good1234", tmp_path, None)
     job = {"provider": "local", "native_id": "1", "run_id": record.run_id, "attempt": 1, "fingerprint": "f"}
     record.write_ref(JobRef.model_validate({**job, "output_uri": record.attempt_uri(1)}))
+    progress = Progress(attempt=1, phase=Phase.TRAINING, epochs=5, epoch=2, updated_at=utc_now())
+    record.folder.put(f"attempts/1/{AttemptLayout.PROGRESS}", progress.model_dump_json().encode())
 
-    def poll(_: LocalProvider, __: JobRef) -> JobStatus:
-        raise ServiceUnavailable("no answer from the API server", hint="look at the network")
+    def refuse(_: LocalProvider, __: JobRef) -> JobStatus:
+        raise request.param("no answer from the API server", hint="look at the network")
 
-    monkeypatch.setattr(LocalProvider, "poll", poll)
+    for verb in ("poll", "cancel"):
+        monkeypatch.setattr(LocalProvider, verb, refuse)
+    return record
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_job_that_nobody_can_look_at_is_told_with_what_is_recorded(unseen: RunRecord, options: tuple[str, ...]) -> None:
     result = call("status", "good", *options)
-    assert result.exit_code == ExitCode.UNAVAILABLE
-    assert "no answer from the API server" in result.stdout
-    assert "look at the network" in result.stdout
-    assert record.uri in result.stdout
+    assert result.exit_code in {ExitCode.UNAVAILABLE, ExitCode.PERMISSION, ExitCode.CONFIG}
+    for told in ("unknown", "no answer from the API server", "look at the network", unseen.uri, '"epoch": 2' if options else "epoch 2/5"):
+        assert told in result.stdout
+
+
+def test_a_job_that_nobody_can_look_at_is_listed_and_why_is_told(unseen: RunRecord) -> None:
+    result = call("runs", "--json")
+    [row] = json.loads(result.stdout)
+    assert (row["run_id"], row["state"], row["epoch"]) == (unseen.run_id, "unknown", 2)
+    assert f"not looked at: {unseen.uri}: no answer" in result.stderr
+
+
+def test_a_stop_that_the_provider_does_not_take_is_told_to_stand(unseen: RunRecord) -> None:
+    failure = call("cancel", "good").exception
+    assert isinstance(failure, TrainyardError)
+    assert unseen.cancel_request(1) is not None
+    assert "the wish to stop is in the run's record, and the training itself looks for it" in failure.message
+    lost = failure.hint.index("trainyard cancel good1234 --lost")
+    assert ("get a new login" in failure.hint[:lost]) == isinstance(failure, AuthError)
+
+
+def test_who_watched_is_told_that_a_job_trains_on_unless_it_is_over(
+    unseen: RunRecord, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.running import tell_left
+
+    tell_left(unseen)
+    assert "the training goes on" in capsys.readouterr().err
+    unseen.write_outcome(1, DONE)
+    tell_left(unseen)
+    tell_left(None)
+    tell_left(RunRecord(unseen.output_uri, "none1234"))
+    assert not capsys.readouterr().err
+
+    def silent(_: RunRecord) -> list[int]:
+        raise TrainerError("the store does not answer", code=ExitCode.UNAVAILABLE)
+
+    monkeypatch.setattr(RunRecord, "attempts", silent)
+    tell_left(unseen)
+    assert "is not known: the store does not answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "cancel", "collect", "resume"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -8,12 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import Failed
 
 from blocks.attempts import DEADLINE
 from blocks.errors import JobNotFound, RateLimited, ServiceUnavailable
 from blocks.job import FailureReason, JobRef, JobState, JobStatus, Waiting, WatchPolicy
 from blocks.pending import PENDING_LIMIT
-from blocks.record import CancelRequest, RunRecord
+from blocks.record import CancelRequest, Outcome, RunRecord
+from flows.display import TrainingDisplay
+from flows.job_tasks import ON_RETRY, _is_transient
 from flows.watching import DEADLINE_MARGIN_SECONDS, MOST_FAILED_POLLS, STALL_POLICY, StallGuard, TimeLimits, next_delay, watch
 from trainer.contract import STEPPING, Phase, Progress, utc_now
 
@@ -30,7 +35,7 @@ def test_delay_grows_to_the_longest_and_stays() -> None:
 
 def test_delay_backs_off_when_throttled_and_never_stands_still() -> None:
     assert next_delay(0, 3, BOUNDS, 0.5) == 8.0
-    assert next_delay(0, 50, BOUNDS, 0.5) == 600.0
+    assert next_delay(0, 50, BOUNDS, 0.5) == next_delay(30, 50, (1.0, 30.0), 0.5) == 60.0, "an outage is not followed by a longer one"
 
 
 def test_jitter_is_a_tenth() -> None:
@@ -94,8 +99,8 @@ def test_unknown_and_stopping_are_not_the_end(tmp_path: Path) -> None:
 def test_throttling_is_waited_out(tmp_path: Path) -> None:
     script: list[JobState | Exception] = [*[RateLimited("slow down")] * MOST_FAILED_POLLS, JobState.SUCCEEDED]
     states, sleeps, _ = observe(tmp_path, ScriptedProvider(script))
-    assert states == [JobState.SUCCEEDED]
-    assert max(sleeps) > 300
+    assert states == [JobState.UNKNOWN, JobState.SUCCEEDED]
+    assert 30 * 60 < sum(sleeps) < 2 * 3600
 
 
 def test_silence_for_long_is_an_error_that_stops_nothing(tmp_path: Path) -> None:
@@ -103,6 +108,53 @@ def test_silence_for_long_is_an_error_that_stops_nothing(tmp_path: Path) -> None
     with pytest.raises(ServiceUnavailable):
         observe(tmp_path, provider)
     assert provider.cancelled == 0
+
+
+def test_who_watches_is_told_of_a_silence_once_of_its_end_and_of_what_others_ask(tmp_path: Path) -> None:
+    running = step(3, epoch=2)
+    provider: Any = ScriptedProvider([running, *[ServiceUnavailable("no answer")] * 3, running, running, JobState.SUCCEEDED])
+    record, ref = RunRecord(str(tmp_path), "watch1"), make_ref(tmp_path)
+    told: list[JobStatus] = []
+    waits = 0
+
+    def sleep(_: float) -> None:
+        nonlocal waits
+        waits += 1
+        if waits == 3:
+            record.request_cancel(CancelRequest(attempt=1, asked_by="ada"))
+
+    watch(provider, ref, record, 3600, told.append, StallGuard(record, ref, WatchPolicy(), BOUNDS[1], LOG), sleep=sleep)
+    seen, silent, asked, back, *_ = told
+    assert [status.state for status in told[:5]] == [seen.state, JobState.UNKNOWN, JobState.UNKNOWN, seen.state, seen.state]
+    assert silent.message.startswith("no answer; the training goes on")
+    assert silent.progress == seen.progress
+    assert "ada" in asked.message
+    assert "seen again" in back.message
+    assert not told[4].message
+    assert provider.cancelled == 1
+
+
+def test_a_run_that_another_closed_during_a_silence_is_watched_no_longer(tmp_path: Path) -> None:
+    provider: Any = ScriptedProvider([ServiceUnavailable("no answer")] * 3)
+    record, ref = RunRecord(str(tmp_path), "watch1"), make_ref(tmp_path)
+    guard = StallGuard(record, ref, WatchPolicy(), BOUNDS[1], LOG)
+
+    def close(_: float) -> None:
+        record.write_outcome(1, Outcome(state=JobState.FAILED, reason=FailureReason.INFRASTRUCTURE))
+
+    assert watch(provider, ref, record, 3600, lambda _: None, guard, sleep=close) is None
+    assert len(list(provider.script)) == 1
+
+
+def test_a_silence_stays_on_the_screen_beside_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    display = TrainingDisplay()
+    display.record = record = RunRecord("/nowhere", "watch1")
+    with display:
+        for status in (step(1), JobStatus(state=JobState.UNKNOWN, message="no answer; " + 60 * "x"), step(2), step(3)):
+            display.on_status(record, status)
+    assert capsys.readouterr().err.count(60 * "x") == 1
 
 
 def test_terminal_errors_pass_through(tmp_path: Path) -> None:
@@ -165,6 +217,26 @@ def test_a_job_that_waits_for_what_nobody_mends_is_stopped_and_its_cause_told(tm
     assert asked is not None
     assert (asked.asked_by, asked.reason, asked.hint, provider.cancelled) == (PENDING_LIMIT, FailureReason.IMAGE, "push it", 1)
     assert "no such image" in asked.why
+
+
+@pytest.mark.parametrize(
+    ("exc", "told"),
+    [
+        (ServiceUnavailable("no answer", hint="start it"), ["submit attempt 2: no answer; it is tried again, 1 of 5 times (start it)"]),
+        (JobNotFound("gone"), []),
+        (KeyError("a defect"), []),
+    ],
+)
+def test_a_step_that_is_tried_again_says_so_where_the_flow_was_started(exc: Exception, told: list[str]) -> None:
+    heard: list[str] = []
+    token = ON_RETRY.set(heard.append)
+    try:
+        again = asyncio.run(
+            _is_transient(None, TaskRun(name="submit attempt 2", task_key="k", dynamic_key="1", run_count=1), Failed(data=exc))
+        )
+    finally:
+        ON_RETRY.reset(token)
+    assert (again, heard) == (bool(told), told)
 
 
 # --- Stalls ----------------------------------------------------------------------------------------------
