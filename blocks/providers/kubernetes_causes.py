@@ -52,6 +52,10 @@ def explain_unschedulable(text: str, events: list[Object]) -> Cause:
     if found := re.search(r"Insufficient (cpu|memory|ephemeral-storage|pods)", text):
         hint = "wait until other pods end, ask for less (cpus, memory_gib, disk_gib), or add a node"
         return Cause(FailureReason.CAPACITY, f"not enough {found[1]}: {message}", hint)
+    # Before taints and selectors, which keep it from the nodes of others all the time.
+    if "were unschedulable" in text:
+        hint = "open a node that is cordoned: kubectl get nodes; kubectl uncordon NODE"
+        return Cause(FailureReason.CAPACITY, message, hint)
     if "untolerated taint" in text or "had taint" in text:
         return Cause(
             FailureReason.CONFIG, message, "add the taint's toleration to the instance class: kubectl describe nodes | grep Taints"

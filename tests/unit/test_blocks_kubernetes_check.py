@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from blocks.job import CheckLine
+from blocks.providers.kubernetes_capacity import build_gpu_lines
+from blocks.providers.kubernetes_causes import explain_unschedulable
 from blocks.providers.kubernetes_client import ApiError, Cluster
 from blocks.providers.kubernetes_job import KubernetesProvider
+from blocks.providers.kubernetes_settings import KubernetesSettings
 
 pytest.importorskip("kubernetes")
 SHIPPED = "system:serviceaccount:trainyard:trainyard"
@@ -76,3 +79,23 @@ def test_a_namespace_that_is_missing_is_told_and_made_first(monkeypatch: pytest.
     assert "if there is such a namespace" in unseen.message
     assert unseen.fix.startswith("kubectl get namespace nonesuch || kubectl create namespace nonesuch; sed ")
     assert "namespace" not in World(user=SHIPPED, granted=True).check(monkeypatch, "other"), "it is there, whoever may look at it"
+
+
+def node(name: str, *, ready: bool = True, cordoned: bool = False) -> dict[str, Any]:
+    conditions = [{"type": "Ready", "status": "True" if ready else "Unknown"}]
+    return {"metadata": {"name": name}, "spec": {"unschedulable": cordoned}, "status": {"conditions": conditions}}
+
+
+def test_cordoned_nodes_are_told_as_such_and_refuse_no_training() -> None:
+    """A person opens them again, as one takes a taint away: the job waits. A node that is down may stay so."""
+
+    def look(*nodes: dict[str, Any]) -> CheckLine:
+        return next(build_gpu_lines(KubernetesSettings(), list(nodes), None))
+
+    waits = look(node("a", cordoned=True), node("b", cordoned=True), node("c", ready=False))
+    assert (waits.ok, waits.fix) == (True, "kubectl uncordon a")
+    assert "2 of 3 nodes are ready, but cordoned, so that a job waits: kubectl uncordon a" in waits.message
+    assert look(node("a", cordoned=True), node("b")).message == "1 ready, without GPUs"
+    assert not look(node("a", ready=False, cordoned=True)).ok
+    cause = explain_unschedulable("0/2 nodes are available: 1 node(s) had untolerated taint {a: b}, 1 node(s) were unschedulable.", [])
+    assert "kubectl uncordon NODE" in cause.hint
