@@ -67,7 +67,7 @@ def status_of_lost(record: RunRecord, attempt: int, ref: JobRef | None, cause: P
         native_state=LOST,
         reason=FailureReason.INFRASTRUCTURE,
         message=f"closed as lost by {asked_by}; whether {job} still runs, and what it cost, is not known: {cause.message}",
-        hint=f"see that {job} is gone{where}; then `trainyard resume {record.run_id}` goes on from the last checkpoint",
+        hint=f"see that {job} is gone{where}; then `trainyard resume {record.run_id}` goes on with the run",
         progress=progress,
         started_at=ended.started_at if ended is not None else None,
         ended_at=ended.ended_at if ended is not None else progress.updated_at if progress is not None else None,

@@ -190,8 +190,12 @@ def find_run(name: str) -> RunRecord:
             ids = ", ".join(record.run_id for record in found[:5])
             raise RunNotFound(f"{len(found)} runs begin with {name!r}: {ids}", hint="give more characters")
     if silent:
-        told = "; ".join(f"{uri} was not looked at: {exc}" for uri, exc in silent.items())
-        raise ServiceUnavailable(f"no run begins with {name!r} where one could look; {told}", hint="the same again when that answers")
+        told = "; ".join(
+            f"{uri} was not looked at: {exc.message if isinstance(exc, TrainyardError) else exc}" for uri, exc in silent.items()
+        )
+        hints = dict.fromkeys(exc.hint for exc in silent.values() if isinstance(exc, TrainyardError) and exc.hint)
+        hint = "; ".join(hints) or "the same again when that answers"
+        raise ServiceUnavailable(f"{told}; elsewhere no run begins with {name!r}", hint=hint)
     hint = "`trainyard runs` lists what there is; `trainyard runs --profile NAME` looks where a profile keeps its runs"
     raise RunNotFound(f"no run begins with {name!r}", hint=hint)
 

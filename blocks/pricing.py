@@ -41,22 +41,27 @@ def worst_case_usd(spec: JobSpec, price: Price | None, attempt_seconds: float) -
     return None if ahead is None else round(spec.spent_usd + ahead, 4)
 
 
+def _digits(limit: float, worst: float) -> int:
+    """Of dollars, so that the two differ, and the limit from nothing: cents where they do."""
+    return 2 if round(limit, 2) > 0 and f"{worst:.2f}" != f"{limit:.2f}" else 4
+
+
 def find_budget_problems(spec: JobSpec, price: Price | None, attempt_seconds: int, price_hint: str) -> tuple[Problem, ...]:
     """Why the run may cost more than its limit, if it has one."""
     limit, worst = spec.max_cost_usd, worst_case_usd(spec, price, attempt_seconds)
     if limit is None or (worst is not None and worst <= limit):
         return ()
     if worst is None:
-        message = f"nothing tells what the machine costs, so that no limit of ${limit:.2f} can be kept"
+        message = f"nothing tells what the machine costs, so that no limit of ${limit:.{_digits(limit, 0)}f} can be kept"
         return (Problem(field="max_cost_usd", message=message, hint=f"{price_hint}; or leave the limit out"),)
-    left = attempts_left(spec)
+    left, digits = attempts_left(spec), _digits(limit, worst)
     parts = f"{left} attempt{'s' if left > 1 else ''} of {attempt_seconds} s"
     if attempt_seconds > spec.max_runtime_seconds:
         parts += f", which is {spec.max_runtime_seconds} s of run time and the longest wait"
     if spec.spent_usd:
-        parts += f", after ${spec.spent_usd:.2f} for those before"
+        parts += f", after ${spec.spent_usd:.{digits}f} for those before"
     hint = "lower the maximum run time, the longest wait or the attempts, choose a cheaper machine, or raise the limit"
     if spec.attempt > 1:
         hint = "the limit is that of the whole run: a new run from its last checkpoint (--weights) has one of its own"
-    message = f"at worst this costs ${worst:.2f} ({parts}), over the limit of ${limit:.2f}"
+    message = f"at worst this costs ${worst:.{digits}f} ({parts}), over the limit of ${limit:.{digits}f}"
     return (Problem(field="max_cost_usd", message=message, hint=hint),)

@@ -29,7 +29,7 @@ from blocks.image_source import DEFAULT_PLATFORM
 from blocks.job import TrainRequest, WatchPolicy
 from blocks.outputs import default_output_uri
 from blocks.provider import Provider, describe_validation
-from blocks.providers.kubernetes_settings import LEAST_KEEP_SECONDS, KubernetesSettings, is_pem
+from blocks.providers.kubernetes_settings import LEAST_KEEP_SECONDS, URL_PASSWORD, KubernetesSettings, is_pem
 from blocks.registry_login import Identity
 from trainer.errors import unknown_name_message
 from trainer.storage import is_bucket, to_uri
@@ -122,6 +122,18 @@ class Profile(BaseModel):
     on_stall: Literal["warn", "stop", "restart"] = Field(
         default="warn", description="warn: only tell; stop: cancel the run; restart: a new attempt goes on from the checkpoint."
     )
+
+    @model_validator(mode="after")
+    def _shows_no_password(self) -> Self:
+        """Of the profile alone: a run's record that has one can still be read. An error of the whole value shows nothing of it."""
+        for name, instead in {"store_endpoint": "store_credentials names saved ones", "api_server": "token is for the cluster's"}.items():
+            if "@" in (getattr(self, name, None) or ""):
+                raise ValueError(f"{name} has a user or password in it, which is not shown here, but would be elsewhere: {instead}")
+        for name, value in getattr(self, "env", {}).items():
+            if URL_PASSWORD.search(value):
+                why = "which would be shown with the Job: keep it in a Secret and name that by env_secret"
+                raise ValueError(f"env: a URL in {name} has a password, {why}")
+        return self
 
     @property
     def watch(self) -> WatchPolicy:

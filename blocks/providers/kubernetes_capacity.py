@@ -28,15 +28,18 @@ def build_gpu_lines(settings: KubernetesSettings, nodes: list[Object], pods: lis
     """A line per instance class: how many nodes it finds, and the GPUs that are free there. `pods`: None where they may not be seen."""
     for name, kind in sorted(settings.instance_classes.items()) or [("any", InstanceClass())]:
         fitting = [node for node in nodes if _fits(node, kind)]
-        ready = [
-            node for node in fitting if condition(node, "Ready").get("status") == "True" and not child(node, "spec").get("unschedulable")
-        ]
+        up = [node for node in fitting if condition(node, "Ready").get("status") == "True"]
+        ready = [node for node in up if not child(node, "spec").get("unschedulable")]
         label = f"nodes ({name})"
         if not fitting:
             message = f"no node has {_selector(kind)}; an autoscaler may add one"
             yield CheckLine(name=label, ok=True, message=message, fix="kubectl get nodes --show-labels")
-        elif not ready:
+        elif not up:
             yield CheckLine(name=label, ok=False, message=f"none of {len(fitting)} nodes is ready", fix="kubectl get nodes")
+        elif not ready:
+            fix = f"kubectl uncordon {word(up[0], 'metadata', 'name')}"
+            message = f"{len(up)} of {len(fitting)} nodes are ready, but cordoned, so that a job waits: {fix}"
+            yield CheckLine(name=label, ok=True, message=message, fix=fix)
         else:
             yield _gpu_line(label, kind, ready, pods)
 

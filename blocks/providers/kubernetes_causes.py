@@ -52,6 +52,10 @@ def explain_unschedulable(text: str, events: list[Object]) -> Cause:
     if found := re.search(r"Insufficient (cpu|memory|ephemeral-storage|pods)", text):
         hint = "wait until other pods end, ask for less (cpus, memory_gib, disk_gib), or add a node"
         return Cause(FailureReason.CAPACITY, f"not enough {found[1]}: {message}", hint)
+    # Before taints and selectors, which keep it from the nodes of others all the time.
+    if "were unschedulable" in text:
+        hint = "open a node that is cordoned: kubectl get nodes; kubectl uncordon NODE"
+        return Cause(FailureReason.CAPACITY, message, hint)
     if "untolerated taint" in text or "had taint" in text:
         return Cause(
             FailureReason.CONFIG, message, "add the taint's toleration to the instance class: kubectl describe nodes | grep Taints"
@@ -61,14 +65,14 @@ def explain_unschedulable(text: str, events: list[Object]) -> Cause:
     return Cause(FailureReason.CAPACITY, message, "kubectl describe pod tells more")
 
 
-def explain_waiting(reason: str, text: str, image: str, events: list[Object]) -> Cause | None:
+def explain_waiting(reason: str, text: str, image: str, events: list[Object], namespace: str = "") -> Cause | None:
     """A container that waits. None while it is on its way."""
     if reason in ("ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "RegistryUnavailable"):
-        return explain_pull(text, image, find_missing_pull_secret(events))
+        return explain_pull(text, image, find_missing_pull_secret(events), namespace)
     if reason in ("InvalidImageName", "ErrInvalidImageName"):
         return broken(FailureReason.IMAGE, f"{image!r} is no name of an image", "mend image, or registry and repository, in the profile")
     if reason == "CreateContainerConfigError":
-        return explain_config(text)
+        return explain_config(text, namespace)
     if reason in ("CreateContainerError", "RunContainerError"):
         if "exec format error" in text:
             return _wrong_architecture(image)
@@ -85,7 +89,7 @@ def find_missing_pull_secret(events: list[Object]) -> str:
     return found[1] if found else ""
 
 
-def explain_pull(text: str, image: str, missing_secret: str = "") -> Cause:
+def explain_pull(text: str, image: str, missing_secret: str = "", namespace: str = "") -> Cause:
     if re.search(r"(?i)no match for platform|no matching manifest|exec format", text):
         return _wrong_architecture(image)
     if re.search(r"(?i)unauthori[sz]ed|authentication required|403 Forbidden|denied|no basic auth", text):
@@ -93,9 +97,11 @@ def explain_pull(text: str, image: str, missing_secret: str = "") -> Cause:
             message = (
                 f"the pull secret {missing_secret!r} is not there, and without it the registry does not let the node pull {image}: {text}"
             )
-            hint = f"kubectl create secret docker-registry {missing_secret} -n ... --docker-server=... , or mend image_pull_secret"
+            create = f"kubectl create secret docker-registry {missing_secret} -n {namespace or '...'}"
+            login = "--docker-server=... --docker-username=... --docker-password=..."
+            hint = f"{create} {login}   (or mend image_pull_secret in the profile)"
             return broken(FailureReason.IMAGE, message, hint)
-        hint = "name the Secret that logs in by image_pull_secret: kubectl create secret docker-registry ... -n ..."
+        hint = f"name the Secret that logs in by image_pull_secret: kubectl create secret docker-registry ... -n {namespace or '...'}"
         return broken(FailureReason.IMAGE, f"the registry does not let the node pull {image}: {text}", hint)
     if re.search(r"(?i)not found|manifest unknown|NotFound|does not exist", text):
         return broken(
@@ -113,9 +119,11 @@ def _wrong_architecture(image: str) -> Cause:
     return broken(FailureReason.IMAGE, f"{image} is not made for the node's architecture", hint)
 
 
-def explain_config(text: str) -> Cause:
+def explain_config(text: str, namespace: str = "") -> Cause:
     if found := re.search(r'secret "([^"]+)" not found', text):
-        hint = f"kubectl create secret generic {found[1]} -n ... --from-literal=AWS_ACCESS_KEY_ID=... , or mend env_secret in the profile"
+        create = f"kubectl create secret generic {found[1]} -n {namespace or '...'}"
+        keys = "--from-literal=AWS_ACCESS_KEY_ID=... --from-literal=AWS_SECRET_ACCESS_KEY=..."
+        hint = f"{create} {keys}   (or mend env_secret in the profile)"
         return broken(FailureReason.CONFIG, f"the secret {found[1]!r} that the pod refers to is not there", hint)
     if found := re.search(r"couldn't find key (\S+) in Secret", text):
         return broken(FailureReason.CONFIG, f"the secret has no key {found[1]}: {text}", "add it: kubectl edit secret")

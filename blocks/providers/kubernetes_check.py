@@ -1,11 +1,13 @@
 """Can this profile train on its cluster? Read-only questions and one dry run, each answer with the line that mends it.
 
-The first two lines decide: without a server and an identity, the others would only repeat it. What the identity may not look at is
+Server, identity and namespace decide: without one of them, the lines after it would only repeat it. What the identity may not look at is
 no problem of a training; the line then says how somebody else looks.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator
 
 from blocks.errors import TrainyardError
@@ -36,16 +38,33 @@ def apply_line(file: str, namespace: str) -> str:
     return f"sed 's/namespace: trainyard/namespace: {namespace}/' {MANIFESTS}/{file} | kubectl apply -f -"
 
 
+def grant_line(user: str, namespace: str) -> str:
+    """How `user` gets the shipped Role in a namespace; the shipped RoleBinding gives it to the account of that namespace alone."""
+    apply = apply_line("rbac.yaml", namespace)
+    account = re.fullmatch(r"system:serviceaccount:([^:]+):([^:]+)", user)
+    if not user or (account and account.groups() == (namespace, "trainyard")):
+        return apply
+    subject = f"--serviceaccount={account[1]}:{account[2]}" if account else f"--user={shlex.quote(user)}"
+    name = re.sub(r"[^a-z0-9.]+", "-", f"trainyard-{user.lower().removeprefix('system:serviceaccount:')}")
+    return f"{apply} && kubectl create rolebinding {name} -n {namespace} --role=trainyard {subject}"
+
+
 class Check:
     def __init__(self, cluster: Cluster, settings: KubernetesSettings) -> None:
         self.cluster, self.settings = cluster, settings
+        self.user = ""  # where the server tells
 
     def report(self) -> CheckReport:
         lines = [self._server()]
         if lines[0].ok:
             lines.append(self._identity())
         if lines[-1].ok:
-            lines += [*self._tls(), *self._rights(), self._dry_run(), *self._objects(), *self._capacity()]
+            lines += self._tls()
+            namespace = self._namespace()
+            if namespace.ok:
+                lines += [*self._rights(is_seen=not namespace.fix), self._dry_run(), *self._objects(), *self._capacity()]
+            else:
+                lines.append(namespace)
         return CheckReport(provider=NAME, lines=tuple(lines))
 
     def _server(self) -> CheckLine:
@@ -67,20 +86,32 @@ class Check:
             if isinstance(exc, ApiError) and exc.status in (403, 404):
                 return CheckLine(name="identity", ok=True, message="the server does not tell")
             return self._problem("identity", exc)
-        return CheckLine(name="identity", ok=True, message=word(answer, "status", "userInfo", "username"))
+        self.user = word(answer, "status", "userInfo", "username")
+        return CheckLine(name="identity", ok=True, message=self.user)
 
     def _tls(self) -> Iterator[CheckLine]:
         if exposure := self.cluster.exposure:
             fix = "turn verify_ssl on and give ca_certificate, or mend the kubeconfig: https, and no insecure-skip-tls-verify"
             yield CheckLine(name="tls", ok=True, message=exposure, fix=fix)
 
-    def _rights(self) -> Iterator[CheckLine]:
+    def _namespace(self) -> CheckLine:
+        space = self.settings.namespace
+        found = self._get(f"/api/v1/namespaces/{space}")
+        if not isinstance(found, CheckLine):
+            return CheckLine(name="namespace", ok=True, message=f"{space} is there")
+        if found.ok or found.fix:
+            return found
+        return found.model_copy(update={"message": f"there is no namespace {space}", "fix": f"kubectl create namespace {space}"})
+
+    def _rights(self, *, is_seen: bool) -> Iterator[CheckLine]:
+        """`is_seen`: the namespace is known to be there. Rights in one that is not are as good as those in one where one has none."""
+        space = self.settings.namespace
         missing: list[str] = []
         for group, resource, subresource, verbs in RIGHTS:
             name = f"{resource}/{subresource}" if subresource else resource
             for verb in verbs:
                 attributes = {
-                    "namespace": self.settings.namespace,
+                    "namespace": space,
                     "verb": verb,
                     "group": group,
                     "resource": resource,
@@ -98,12 +129,13 @@ class Check:
                     return
                 if not answer["status"].get("allowed"):
                     missing.append(f"{verb} {name}")
-        message = f"all that a run needs in namespace {self.settings.namespace}"
+        message, fix = f"all that a run needs in namespace {space}", ""
         if missing:
-            message = f"not allowed in namespace {self.settings.namespace}: {', '.join(missing)}"
-        yield CheckLine(
-            name="rights", ok=not missing, message=message, fix=apply_line("rbac.yaml", self.settings.namespace) if missing else ""
-        )
+            message, fix = f"not allowed in namespace {space}: {', '.join(missing)}", grant_line(self.user, space)
+        if not is_seen and len(missing) == sum(len(verbs) for *_, verbs in RIGHTS):
+            message += " (if there is such a namespace, which this identity may not see)"
+            fix = f"kubectl get namespace {space} || kubectl create namespace {space}; {fix}"
+        yield CheckLine(name="rights", ok=not missing, message=message, fix=fix)
 
     def _dry_run(self) -> CheckLine:
         """A Job as a run's would be: schema, pod_patch, admission, quota of Jobs."""

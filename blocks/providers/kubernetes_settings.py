@@ -19,6 +19,8 @@ _DNS_NAME = r"(?=[^/]{1,253}/)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]
 LABEL_VALUE = re.compile(rf"({_WORD})?\Z")
 LABEL_KEY = re.compile(rf"({_DNS_NAME}/)?{_WORD}\Z")  # so are taints and extended resources named, too
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+# As ``scheme://user:password@host``, also amidst other text. A port is no password, whatever follows it; a password may have a slash.
+URL_PASSWORD = re.compile(r"""://[^\s/?#@:\[]*:(?!\d+([/?#,;"']|$))[^\s@]+@""")
 SECRET_NAME = re.compile(r"(?i)(secret|password|passwd|token|credential|private|(access|api|account|sas)_?key)")
 # A Job that goes as soon as it is over may be gone before a run has seen how it ended, which then counts as lost, and costs an attempt. A
 # flow looks every 33 s, every 66 s where the API server does not answer (`flows.watching.next_delay`); the one that goes on for a flow

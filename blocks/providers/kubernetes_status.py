@@ -217,7 +217,8 @@ def look_pending(pod: Object, events: list[Object]) -> View:
         return View(state=JobState.QUEUED, native=reason, cause=explain_unschedulable(word(scheduled, "message"), events))
     for status in (*children(pod, "status", "initContainerStatuses"), *children(pod, "status", "containerStatuses")):
         waiting = child(status, "state", "waiting")
-        cause = explain_waiting(word(waiting, "reason"), word(waiting, "message"), word(status, "image"), events)
+        place = word(pod, "metadata", "namespace")
+        cause = explain_waiting(word(waiting, "reason"), word(waiting, "message"), word(status, "image"), events, place)
         if cause is not None:
             return View(state=JobState.STARTING, native=word(waiting, "reason"), cause=cause)
     node = word(pod, "spec", "nodeName")

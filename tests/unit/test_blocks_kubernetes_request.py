@@ -189,6 +189,9 @@ def test_the_cost_at_worst_is_that_of_all_attempts() -> None:
         make_plan(*chosen, max_attempts=3, max_cost_usd=3.0)
     assert "attempts" in refused.value.hint
     make_plan(*chosen, max_attempts=2, max_cost_usd=3.0)
+    for limit, told in ((0.0001, "0001"), (2.5499, "5499")):
+        with pytest.raises(ConfigError, match=rf"costs \$2\.5500 .* limit of \${int(limit)}\.{told}\. Next"):
+            make_plan(*chosen, max_attempts=2, max_cost_usd=limit)
 
 
 def test_what_earlier_attempts_cost_counts_where_a_run_goes_on() -> None:

@@ -44,7 +44,7 @@ def job(*conditions: tuple[str, str], suspend: bool = False, cancelled: bool = F
 
 def pod(phase: str, *, container: dict[str, Any] | None = None, node: str = "node-1", **changes: Any) -> dict[str, Any]:
     conditions = changes.pop("conditions", [])
-    metadata = {"name": "p", "uid": "u", "creationTimestamp": stamp(EARLIER), **changes.pop("metadata", {})}
+    metadata = {"name": "p", "namespace": "n", "uid": "u", "creationTimestamp": stamp(EARLIER), **changes.pop("metadata", {})}
     statuses = [{"name": "trainer", "image": "registry/trainer@sha256:0", "state": container}] if container else None
     status = {"phase": phase, "startTime": stamp(EARLIER), "conditions": conditions, "containerStatuses": statuses, **changes}
     return {"metadata": metadata, "spec": {"nodeName": node, "containers": [{"name": "trainer"}]}, "status": status}
@@ -329,15 +329,17 @@ def test_why_an_image_is_not_pulled(text: str, told: str) -> None:
     assert cause.hint
 
 
+NO_KEYS = {"reason": "CreateContainerConfigError", "message": 'secret "keys" not found'}
+
+
 def test_other_waits() -> None:
     assert explain_waiting("ContainerCreating", "", "i", []) is None
     assert explain_waiting("PodInitializing", "", "i", []) is None
     wrong = explain_waiting("InvalidImageName", "", "A B", [])
-    secret = explain_waiting("CreateContainerConfigError", 'secret "keys" not found', "i", [])
+    secret = parse_status(native(job(), pod("Pending", containerStatuses=[{"state": {"waiting": NO_KEYS}}])))
     assert wrong is not None
-    assert secret is not None
     assert wrong.reason is FailureReason.IMAGE
-    assert "kubectl create secret generic keys" in secret.hint
+    assert "kubectl create secret generic keys -n n --from-literal=AWS_ACCESS_KEY_ID=... --from" in secret.hint
 
 
 CREATES = [

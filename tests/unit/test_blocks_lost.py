@@ -73,6 +73,7 @@ def test_a_lost_run_that_was_never_seen_to_be_submitted_is_closed_too(tmp_path: 
     assert "a job, if one was made," in done.stdout
     outcome = record.outcome(1)
     assert outcome is not None
+    assert "checkpoint" not in outcome.hint, "none was ever written"
     assert outcome.state is JobState.FAILED
 
 

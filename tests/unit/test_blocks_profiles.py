@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.blocks.core import Block
+from pydantic import ValidationError
 
 from blocks.credentials import AccessRef
 from blocks.errors import ConfigError, JobNotFound
 from blocks.job import FailureReason, JobRef, JobState, TrainRequest
-from blocks.profiles import LocalProfile, Profile
-from blocks.provider import Provider
+from blocks.profiles import KubernetesProfile, LocalProfile, Profile
+from blocks.provider import Provider, describe_validation
 from blocks.providers.local_process import LocalProvider
 from flows.drafting import draft_spec
 from trainer.contract import AttemptLayout, ExitRecord, TrainConfig, utc_now
@@ -91,6 +93,37 @@ def test_how_a_store_is_reached_goes_to_the_provider_and_into_no_settings() -> N
     provider = profile.provider()
     assert provider.access == AccessRef("https://store.example", "aws-credentials/prod")
     assert "store" not in provider.settings.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("field", "hint"),
+    [
+        ({"store_endpoint": "http://user:hunter2@127.0.0.1:17777"}, "store_credentials"),
+        ({"store_endpoint": "user:hunter2@store"}, "store_credentials"),
+        ({"api_server": "https://user:hunter2@cluster:6443"}, "token"),
+        ({"env": {"DATABASE_URL": "postgres://u:hunter2@h/db"}}, "env_secret"),
+        ({"env": {"PROXIES": "http://a:3128,http://u:hunter2/x@b:3128"}}, "env_secret"),
+        ({"env": {"REDIS": "redis://:4711@h"}}, "env_secret"),
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_shown(field: dict[str, Any], hint: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        KubernetesProfile.model_validate({"namespace": "vision", **field})
+    told = describe_validation(caught.value)
+    assert "password" in told
+    assert next(iter(field)) in told
+    assert hint in told
+    assert not re.search("hunter2|4711", told)
+
+
+def test_an_address_without_a_password_is_none() -> None:
+    env = {
+        "PROXY": "http://proxy:3128/",
+        "AT": "http://h:8080/path@v1",
+        "MAIL": '{"url": "http://h:80", "to": "x@y"}',
+        "USER_URL": "ssh://git@h/x",
+    }
+    assert KubernetesProfile(namespace="vision", env=env, store_endpoint="http://127.0.0.1:9").env == env
 
 
 def test_a_job_that_vanished_is_judged_by_its_record(home: Path) -> None:
