@@ -143,7 +143,7 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
         asked = CancelRequest(attempt=ref.attempt, asked_by=DEADLINE, why=status.message, asked_at=ended)
     if asked is not None and not succeeded:
         # Whatever ended it, a pod that was pre-empted, say: after a wish to stop, nothing follows.
-        status = status.model_copy(update=end_of(asked))
+        status = status.model_copy(update=end_of(asked, record.run_id))
         record.write_receipt(
             ref.attempt,
             Receipt(
@@ -234,13 +234,18 @@ def close_unsubmitted(
     return record.write_outcome(attempt, Outcome(state=state, reason=reason, message=message, hint=hint, status=status))
 
 
-def end_of(asked: CancelRequest) -> dict[str, Any]:
+def end_of(asked: CancelRequest, run_id: str) -> dict[str, Any]:
     """What a job's status becomes by that wish to stop it: cancelled, or failed by a limit."""
     if asked.asked_by == DEADLINE:
         return {"state": JobState.FAILED, "reason": FailureReason.TIMEOUT}
     if asked.reason is None:
-        return {"state": JobState.CANCELLED, "reason": None}
+        return {"state": JobState.CANCELLED, "reason": None, "hint": hint_of_cancelled(run_id)}
     return {"state": JobState.FAILED, "reason": asked.reason, "message": asked.why, "hint": asked.hint}
+
+
+def hint_of_cancelled(run_id: str) -> str:
+    """In place of the trainer's, which says that the run goes on by itself: so it does where the signal came from a machine that goes."""
+    return f"`trainyard resume {run_id}` goes on with it"
 
 
 def collect_what_there_is(provider: Provider[Any], ref: JobRef, status: JobStatus) -> tuple[Result | None, JobStatus]:

@@ -196,11 +196,13 @@ def test_a_stop_that_looks_like_a_preemption_is_told_as_cancelled_and_then_clear
         def cancel(self, _ref: JobRef) -> None:
             cleared.append(record.receipt(1) is not None)
 
-    status = JobStatus(state=JobState.FAILED, reason=FailureReason.PREEMPTED, message="told to stop (SIGTERM)")
+    trainer_says = {"message": "told to stop (SIGTERM)", "hint": "a new attempt of the run goes on from there"}
+    status = JobStatus(state=JobState.FAILED, reason=FailureReason.PREEMPTED, **trainer_says)
     outcome = close(Stopped(), record, ref, status)  # type: ignore[arg-type]
     assert (outcome.state, outcome.reason) == (JobState.CANCELLED, None)
     assert outcome.status is not None
     assert (outcome.status.state, outcome.status.reason) == (JobState.CANCELLED, None)
+    assert outcome.hint == outcome.status.hint == "`trainyard resume stop9999` goes on with it", "nothing does by itself"
     assert cleared == [True]
 
 
