@@ -196,8 +196,8 @@ def test_a_stop_that_looks_like_a_preemption_is_told_as_cancelled_and_then_clear
         def cancel(self, _ref: JobRef) -> None:
             cleared.append(record.receipt(1) is not None)
 
-    trainer_says = {"message": "told to stop (SIGTERM)", "hint": "a new attempt of the run goes on from there"}
-    status = JobStatus(state=JobState.FAILED, reason=FailureReason.PREEMPTED, **trainer_says)
+    message, hint = "told to stop (SIGTERM)", "a new attempt of the run goes on from there"
+    status = JobStatus(state=JobState.FAILED, reason=FailureReason.PREEMPTED, message=message, hint=hint)
     outcome = close(Stopped(), record, ref, status)  # type: ignore[arg-type]
     assert (outcome.state, outcome.reason) == (JobState.CANCELLED, None)
     assert outcome.status is not None
