@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from trainer.contract import EXIT_REASONS, ExitCode, TrainyardError
 STOP_WAIT_SECONDS = 20.0
 STOP_LOOK_SECONDS = 0.3
 DEADLINE = "deadline"  # who asked, where nobody did
-RESUMES = "resumes"  # an object for each flow run of a person who resumes: the number of the attempt that it may begin
+RESUMES = "resumes"  # an object for each wish of a person who resumes: the number of the attempt that it may begin
+TAKEN_BACK = b"0"
 
 
 class Action(StrEnum):
@@ -80,10 +82,33 @@ def provider_of(record: RunRecord) -> Provider[Any]:
     return load_provider(run.provider, run.settings, record.access)
 
 
-def may_resume(record: RunRecord, flow_run_id: str) -> bool:
-    """Whether this flow run's wish to resume still stands: it is good for one attempt, however often the flow is repeated."""
+def ask_to_resume(record: RunRecord) -> str:
+    """Writes the wish down when a person has it, since its flow may begin half a minute later. Returns what it is called."""
+    wish = secrets.token_hex(8)
+    may_resume(record, wish)
+    return wish
+
+
+def take_back_resumes(record: RunRecord) -> bool:
+    """Whether there were wishes to resume that have not begun their attempt: these now begin none. One that is asked later stands.
+
+    To be called before `cancel_run`, which then sees the attempt that a flow planned before it saw this.
+    """
+    count = len(record.attempts())
+    names = [f"{RESUMES}/{name}" for name in record.folder.names(RESUMES)]
+    standing = [name for name in names if int(record.folder.get(name) or TAKEN_BACK) > count]
+    for name in standing:
+        record.folder.put(name, TAKEN_BACK)
+    return bool(standing)
+
+
+def may_resume(record: RunRecord, wish: str) -> bool:
+    """Whether this wish to resume still stands: it is good for one attempt, however often its flow is repeated.
+
+    `wish` is that of `ask_to_resume`, or the id of a flow run that was started in Prefect.
+    """
     attempts = record.attempts()
-    name = f"{RESUMES}/{flow_run_id}"
+    name = f"{RESUMES}/{wish}"
     record.folder.create(name, str(len(attempts) + 1).encode())
     return len(attempts) < int(record.folder.get(name) or b"0")
 
@@ -118,7 +143,7 @@ def close(provider: Provider[Any], record: RunRecord, ref: JobRef, status: JobSt
         asked = CancelRequest(attempt=ref.attempt, asked_by=DEADLINE, why=status.message, asked_at=ended)
     if asked is not None and not succeeded:
         # Whatever ended it, a pod that was pre-empted, say: after a wish to stop, nothing follows.
-        status = status.model_copy(update=end_of(asked))
+        status = status.model_copy(update=end_of(asked, record.run_id))
         record.write_receipt(
             ref.attempt,
             Receipt(
@@ -209,13 +234,18 @@ def close_unsubmitted(
     return record.write_outcome(attempt, Outcome(state=state, reason=reason, message=message, hint=hint, status=status))
 
 
-def end_of(asked: CancelRequest) -> dict[str, Any]:
+def end_of(asked: CancelRequest, run_id: str) -> dict[str, Any]:
     """What a job's status becomes by that wish to stop it: cancelled, or failed by a limit."""
     if asked.asked_by == DEADLINE:
         return {"state": JobState.FAILED, "reason": FailureReason.TIMEOUT}
     if asked.reason is None:
-        return {"state": JobState.CANCELLED, "reason": None}
+        return {"state": JobState.CANCELLED, "reason": None, "hint": hint_of_cancelled(run_id)}
     return {"state": JobState.FAILED, "reason": asked.reason, "message": asked.why, "hint": asked.hint}
+
+
+def hint_of_cancelled(run_id: str) -> str:
+    """In place of the trainer's, which says that the run goes on by itself: so it does where the signal came from a machine that goes."""
+    return f"`trainyard resume {run_id}` goes on with it"
 
 
 def collect_what_there_is(provider: Provider[Any], ref: JobRef, status: JobStatus) -> tuple[Result | None, JobStatus]:

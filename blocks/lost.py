@@ -7,7 +7,7 @@ runs, and not what it cost.
 from __future__ import annotations
 
 from blocks.attempt_objects import parse_exit, read_exit, read_progress
-from blocks.attempts import cancel_run, provider_of
+from blocks.attempts import cancel_run, hint_of_cancelled, provider_of
 from blocks.errors import AuthError, ConfigError, ProviderError, ResultMissing, ServiceUnavailable
 from blocks.job import FailureReason, JobRef, JobState, JobStatus, Result
 from blocks.record import Outcome, RunRecord
@@ -59,7 +59,8 @@ def status_of_lost(record: RunRecord, attempt: int, ref: JobRef | None, cause: P
     objects = ObjectFolder(record.attempt_uri(attempt), record.access.resolve(record.uri))
     ended, progress = read_exit(objects), read_progress(objects)
     if ended is not None and ended.exit_code in FATAL_EXITS:
-        return parse_exit(ended, progress)  # the trainer's own word, which no container of its attempt would have changed
+        told = parse_exit(ended, progress)  # the trainer's own word, which no container of its attempt would have changed
+        return told if told.state is not JobState.CANCELLED else told.model_copy(update={"hint": hint_of_cancelled(record.run_id)})
     job = f"job {ref.native_id}" if ref is not None else "a job, if one was made,"
     where = f" (made as {ref.console_url})" if ref is not None and ref.console_url else ""
     return JobStatus(

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from blocks import load_provider
 from blocks.attempt_objects import read_progress
-from blocks.attempts import Action, next_step_of, provider_of
+from blocks.attempts import Action, next_step_of, provider_of, take_back_resumes
 from blocks.errors import ConfigError, MissingExtra, ProviderError, ServiceUnavailable
 from blocks.job import JobRef, JobState, JobStatus
 from blocks.lost import stop_run
@@ -272,7 +272,8 @@ def latest_ref(record: RunRecord) -> JobRef | None:
 def cancel(run: str, why: str, lost: bool, as_json: bool) -> None:
     """Stop RUN, and wait until it is over (at most 20 s)."""
     record = find_run(run)
-    if is_over(record):
+    resumed = take_back_resumes(record)
+    if is_over(record) and not resumed:
         click.echo(json.dumps(summarize(record)) if as_json else f"run {record.run_id} is over: {describe_status(observe(record).status)}")
         return
     outcome = stop_run(record, asked_by=f"{user_name()}@{socket.gethostname()}", why=why, lost=lost)
@@ -284,7 +285,8 @@ def cancel(run: str, why: str, lost: bool, as_json: bool) -> None:
         click.echo(f"asked; run {record.run_id} {still}: `trainyard status {record.run_id}` tells when it is over", err=True)
         raise SystemExit(int(ExitCode.UNAVAILABLE if attempts else ExitCode.OK))
     if not as_json:
-        click.echo(f"run {record.run_id} is {outcome.state.value}, after epoch {outcome.epoch}")
+        also = "; a `trainyard resume` that was starting does not begin" if resumed else ""
+        click.echo(f"run {record.run_id} is {outcome.state.value}, after epoch {outcome.epoch}{also}")
         if record.receipt(attempts[-1]) is not None:
             click.echo(f"  receipt  {record.attempt_uri(attempts[-1])}/receipt.json")
         elif lost:

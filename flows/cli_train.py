@@ -104,7 +104,7 @@ def plan(dataset: str, server: bool, emit: bool, as_json: bool, **options: Any) 
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def resume(run: str, as_json: bool) -> None:
     """Go on from the last checkpoint of RUN, which failed or was stopped."""
-    from blocks.attempts import Action, next_step_of
+    from blocks.attempts import Action, ask_to_resume, next_step_of
     from flows.finding import find_run
     from flows.running import run_and_print
 
@@ -117,7 +117,7 @@ def resume(run: str, as_json: bool) -> None:
             f"run {record.run_id} succeeded; there is nothing to go on with", hint="start a new run with --weights and its model.pt"
         )
     request = stored.asked()
-    run_and_print(request, as_json, run_id=record.run_id, resume=True)
+    run_and_print(request, as_json, run_id=record.run_id, resume_wish=ask_to_resume(record))
 
 
 @click.command()

@@ -26,6 +26,7 @@ from pydantic import ValidationError
 
 from blocks.attempts import Action, Step, cancel_run, close, find_job, next_step_of, provider_of
 from blocks.driving import Driver, announce, driven_runs, drivers, forget, is_alive
+from blocks.job import JobState
 from blocks.record import RunFile, RunRecord
 from flows.finding import learn_outputs
 from flows.identity import record_of_flow_run
@@ -74,6 +75,7 @@ class Sight:
     submitted: bool
     cancel_asked: bool
     restarts: int
+    in_vain: bool  # over without success: a flow run that is made in place of the command line's has nothing to do
 
 
 def decide(sight: Sight) -> Decision:
@@ -92,6 +94,8 @@ def decide(sight: Sight) -> Decision:
     patience = START_PATIENCE if starts else SETTLE
     if sight.flow_state in WAITING or sight.flow_state_age < patience:
         return Decision.LEAVE
+    if sight.in_vain:
+        return Decision.FORGET
     if sight.restarts < MOST_RESTARTS:
         if over or sight.driver_silent <= FRESH:
             return Decision.RESTART
@@ -158,6 +162,10 @@ def look(record: RunRecord, run: RunFile | None, driver: Driver, flow_run: FlowR
     most = run.asked().max_attempts if run else 1
     step = next_step_of(record, max_attempts=most)
     state = flow_run.state if flow_run else None
+    over = step.action is Action.DONE
+    outcome = record.outcome(step.attempt) if over and step.attempt else None
+    succeeded = outcome is not None and outcome.state is JobState.SUCCEEDED
+    deployed = flow_run is not None and flow_run.deployment_id is not None
     return Sight(
         step=step,
         has_record=run is not None,
@@ -168,6 +176,7 @@ def look(record: RunRecord, run: RunFile | None, driver: Driver, flow_run: FlowR
         submitted=step.action is Action.ADOPT and record.ref(step.attempt) is not None,
         cancel_asked=step.action is Action.ADOPT and record.cancel_request(step.attempt) is not None,
         restarts=count_restarts(record),
+        in_vain=over and not succeeded and not deployed,
     )
 
 
@@ -225,9 +234,10 @@ def restart(
         announce(record, str(successor.id))
     else:
         return [f"run {record.run_id}: its command ended before it began"], ""
-    why = "the process that watched it is gone"
-    record.add_event(RESTARTED, f"{why}; flow run {successor.name} goes on", at=epoch_of(record))
-    return [f"run {record.run_id}: {why}; flow run {successor.name} goes on"], str(successor.id)
+    does = "tells how it ended" if sight.has_record and sight.step.action is Action.DONE else "goes on"
+    why = f"the process that watched it is gone; flow run {successor.name} {does}"
+    record.add_event(RESTARTED, why, at=epoch_of(record))
+    return [f"run {record.run_id}: {why}"], str(successor.id)
 
 
 def reschedule(client: SyncPrefectClient, flow_run: FlowRun) -> None:

@@ -107,7 +107,7 @@ def read_summary(record: RunRecord) -> dict[str, Any] | None:
 
 
 def run_and_print(
-    request: TrainRequest, as_json: bool, *, run_id: str | None = None, run_key: str | None = None, resume: bool = False
+    request: TrainRequest, as_json: bool, *, run_id: str | None = None, run_key: str | None = None, resume_wish: str = ""
 ) -> None:
     prefect_settings.apply_defaults()
     # A server that is gone is told once, at the end, and not by a page of internals for each event that it does not take.
@@ -120,16 +120,17 @@ def run_and_print(
         if prefect_settings.require_server() is None:
             display.say(TEMPORARY_SERVER)
         from flows.job_tasks import ON_RETRY
-        from flows.train import LISTENER, train
+        from flows.train import LISTENER, RESUME_WISH, train
 
         # Log lines that Prefect's server does not take: the record has all, and the end tells.
         logging.raiseExceptions = False
         parameters = {name: getattr(request, name) for name in TrainRequest.model_fields}
         LISTENER.set(display.on_status)
         ON_RETRY.set(display.say)
+        RESUME_WISH.set(resume_wish)
         with display:
             # Prefect types a call as if it could return a state; with return_state unset it cannot.
-            summary = cast("dict[str, Any]", train(**parameters, run_id=run_id, run_key=run_key, resume=resume))
+            summary = cast("dict[str, Any]", train(**parameters, run_id=run_id, run_key=run_key, resume=bool(resume_wish)))
     except KeyboardInterrupt:
         ask_what_to_do(display.record)
         raise

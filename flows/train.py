@@ -43,6 +43,8 @@ def _ignore(_record: RunRecord, _status: JobStatus) -> None:
 
 # The command line listens to the run that it started itself, in the same process.
 LISTENER: ContextVar[Any] = ContextVar("LISTENER", default=_ignore)
+# What it wrote down when it was asked to resume; a flow run of its own goes by its id.
+RESUME_WISH: ContextVar[str] = ContextVar("RESUME_WISH", default="")
 
 
 def name_flow_run() -> str:
@@ -170,7 +172,8 @@ def go_through(
             tell_news(record, run, get_run_logger())  # that it stalled, say
         listener(record, status)
 
-    step = next_step_of(record, max_attempts=request.max_attempts, resume=resume and may_resume(record, flow_run_id))
+    resume = resume and may_resume(record, RESUME_WISH.get() or flow_run_id)
+    step = next_step_of(record, max_attempts=request.max_attempts, resume=resume)
     try:
         while step.action is not Action.DONE:
             run_attempt(provider, record, run, request, step, on_status, find_image)

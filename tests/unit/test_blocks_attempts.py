@@ -4,7 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from blocks.attempts import Action, cancel_run, close, find_wish, may_resume, next_step, next_step_of, result_of
+from blocks.attempts import (
+    Action,
+    ask_to_resume,
+    cancel_run,
+    close,
+    find_wish,
+    may_resume,
+    next_step,
+    next_step_of,
+    result_of,
+    take_back_resumes,
+)
 from blocks.errors import JobFailed, ResultMissing, RunCancelled
 from blocks.job import FailureReason, JobRef, JobSpec, JobState, JobStatus, Plan, Result
 from blocks.record import CancelRequest, Outcome, RunFile, RunRecord
@@ -98,6 +109,28 @@ def test_a_wish_to_resume_is_good_for_one_attempt(tmp_path: Path) -> None:
     assert may_resume(record, "flow-2")
 
 
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_cancel_stops_the_resumes_asked_before_it_and_none_asked_after_it(tmp_path: Path, planned: bool) -> None:
+    """`planned`: the flow of the first resume has looked at its wish, and not yet submitted what it began."""
+    record = RunRecord(str(tmp_path), "resume34")
+    record.write_plan(make_plan(record))
+    record.write_outcome(1, CANCELLED)
+    record.request_cancel(CancelRequest(attempt=1, asked_by="me"))
+    before = ask_to_resume(record)
+    assert not planned or may_resume(record, before)
+    assert take_back_resumes(record)
+    assert not take_back_resumes(record), "once"
+    assert cancel_run(record, asked_by="me") is not None
+    if planned:
+        record.write_plan(make_plan(record, 2))
+        assert find_wish(record, 2) is not None
+        return
+    assert not may_resume(record, before)
+    assert may_resume(record, ask_to_resume(record))
+    record.write_plan(make_plan(record, 2))
+    assert find_wish(record, 2) is None
+
+
 def test_a_run_cancelled_while_it_is_prepared_is_never_planned(tmp_path: Path) -> None:
     record = RunRecord(str(tmp_path), "stop5678")
     assert cancel_run(record, asked_by="me") is None
@@ -163,11 +196,13 @@ def test_a_stop_that_looks_like_a_preemption_is_told_as_cancelled_and_then_clear
         def cancel(self, _ref: JobRef) -> None:
             cleared.append(record.receipt(1) is not None)
 
-    status = JobStatus(state=JobState.FAILED, reason=FailureReason.PREEMPTED, message="told to stop (SIGTERM)")
+    message, hint = "told to stop (SIGTERM)", "a new attempt of the run goes on from there"
+    status = JobStatus(state=JobState.FAILED, reason=FailureReason.PREEMPTED, message=message, hint=hint)
     outcome = close(Stopped(), record, ref, status)  # type: ignore[arg-type]
     assert (outcome.state, outcome.reason) == (JobState.CANCELLED, None)
     assert outcome.status is not None
     assert (outcome.status.state, outcome.status.reason) == (JobState.CANCELLED, None)
+    assert outcome.hint == outcome.status.hint == "`trainyard resume stop9999` goes on with it", "nothing does by itself"
     assert cleared == [True]
 
 

@@ -111,3 +111,15 @@ def test_a_provider_that_answers_is_asked_whatever_a_person_says(tmp_path: Path)
     assert outcome is not None
     assert outcome.state is JobState.CANCELLED
     assert record.receipt(1) is not None
+
+
+def test_a_lost_run_whose_trainer_obeyed_a_wish_to_stop_is_cancelled_and_goes_on_when_resumed(tmp_path: Path) -> None:
+    record = make_run(tmp_path)
+    submit(record)
+    hint = "a new attempt of the run goes on from there"
+    ended = ExitRecord(exit_code=ExitCode.CANCELLED, cancelled=True, hint=hint, started_at=utc_now(), ended_at=utc_now())
+    record.folder.put(f"attempts/1/{AttemptLayout.EXIT}", ended.model_dump_json().encode())
+    assert CliRunner().invoke(app, ["cancel", "done", "--lost"], catch_exceptions=False).exit_code == 0
+    outcome = record.outcome(1)
+    assert outcome is not None
+    assert (outcome.state, outcome.hint) == (JobState.CANCELLED, "`trainyard resume done1234` goes on with it")

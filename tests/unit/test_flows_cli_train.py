@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner
 from pydantic import Field
 
-from blocks.attempts import Action, Step
+from blocks.attempts import Action, Step, may_resume
 from blocks.errors import ConfigError, PlanChanged, ServiceUnavailable
-from blocks.job import JobRef, JobState, LogBatch, TrainRequest, canonical_json
+from blocks.job import JobRef, JobState, JobStatus, LogBatch, TrainRequest, canonical_json
 from blocks.naming import run_id_of_key
 from blocks.outputs import remember_output
 from blocks.profiles import load_profile
@@ -275,3 +275,29 @@ def test_following_a_run_that_nobody_closes_ends_with_the_reason(tmp_path: Path,
     monkeypatch.setattr(cli_runs, "FOLLOW_SECONDS", 0.02)
     with pytest.raises(ServiceUnavailable, match="nobody goes on"):
         cli_runs.follow_run(record)
+
+
+def test_a_cancel_while_a_resume_starts_up_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_for_shapes: TrainRequest
+) -> None:
+    """From `resume` to its flow half a minute may pass, and the run is over all the while."""
+    record = open_run(tmp_path, request_for_shapes, "over1234")
+    record.write_plan(make_plan(record))
+    record.write_outcome(1, Outcome.of(JobStatus(state=JobState.CANCELLED), None))
+    heard: list[str] = []
+    may: list[bool] = []
+
+    def start_up(_request: TrainRequest, _as_json: bool, *, run_id: str, resume_wish: str) -> None:
+        if heard:
+            told = CliRunner().invoke(app, ["cancel", run_id], catch_exceptions=False)
+            assert (told.exit_code, "does not begin" in told.stdout) == (0, True)
+        heard.append(run_id)
+        may.append(may_resume(record, resume_wish))
+
+    monkeypatch.setattr(running, "run_and_print", start_up)
+    for _ in range(2):
+        assert CliRunner().invoke(app, ["resume", "over"], catch_exceptions=False).exit_code == 0
+    assert may == [True, False]
+    asked = record.cancel_request(1)
+    assert asked is not None
+    assert "is over: cancelled" in CliRunner().invoke(app, ["cancel", "over"], catch_exceptions=False).stdout

@@ -8,15 +8,16 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.states import Running
 
 from blocks.attempts import Action, Step
 from blocks.driving import Driver
-from blocks.job import JobRef, JobState, JobStatus
+from blocks.job import FailureReason, JobRef, JobState, JobStatus
 from blocks.providers.local_process import LocalProvider
-from blocks.record import RunRecord
+from blocks.record import CancelRequest, RunRecord
 from flows.reconcile import MOST_RESTARTS, Decision, Sight, decide
-from tests.unit.test_blocks_pruning import make_run
+from tests.unit.test_blocks_pruning import ended as ended_as, make_run
 from trainer.contract import utc_now
 
 reconcile = import_module("flows.reconcile")
@@ -37,6 +38,7 @@ def sight(**changes: Any) -> Sight:
         "submitted": True,
         "cancel_asked": False,
         "restarts": 0,
+        "in_vain": False,
     }
     return Sight(**{**values, **changes})
 
@@ -64,6 +66,8 @@ def sight(**changes: Any) -> Sight:
         ("a cancel that nobody carries out", STOPPING, Decision.CANCEL),
         ("over, and told so", {"step": OVER, "flow_state": StateType.COMPLETED}, Decision.FORGET),
         ("over, but its flow died before it said so", {"step": OVER}, Decision.RESTART),
+        ("over, and a flow run that takes it up has nothing to do", {"step": OVER, "in_vain": True}, Decision.FORGET),
+        ("the same, cancelled in the UI", {"step": OVER, "in_vain": True, "flow_state": StateType.CANCELLING}, Decision.CANCEL),
         ("killed long ago, before it spent anything", {"submitted": False, "driver_silent": timedelta(days=2)}, Decision.TEND),
         ("killed long ago, its job may be running", {"driver_silent": timedelta(days=2)}, Decision.CATCH_UP),
         ("killed long ago, restarted often enough", {"driver_silent": timedelta(days=2), "restarts": MOST_RESTARTS}, Decision.TEND),
@@ -111,3 +115,29 @@ def test_a_job_that_ended_while_nobody_looked_for_days_is_closed_and_followed_by
     outcome = record.outcome(1)
     assert (outcome.state if outcome else None) is (JobState.FAILED if ended else None)
     assert record.attempts() == [1]
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("state", [JobState.CANCELLED, JobState.FAILED, JobState.SUCCEEDED])
+def test_no_other_flow_run_is_made_for_a_run_that_is_over_without_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: JobState, deployed: bool
+) -> None:
+    """Its command line was killed, and the run closed by `trainyard cancel`, say. A success gets its report; a flow run of a
+    deployment is run again and then shown as what it is."""
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path))
+    record = make_run("over1234", tmp_path, ended_as(state, FailureReason.INFRASTRUCTURE if state is JobState.FAILED else None))
+    if state is JobState.FAILED:
+        record.add_event("lost", "closed as lost", attempt=1)
+        record.request_cancel(CancelRequest(attempt=1, asked_by="me"))
+    flow_run = FlowRun(flow_id=uuid4(), deployment_id=uuid4() if deployed else None, state=Running(timestamp=utc_now() - MINUTE * 5))
+    driver = Driver(flow_run_id=str(flow_run.id), host="elsewhere", pid=1, pid_created_at=1.0, seen_at=utc_now() - MINUTE * 5)
+    record.folder.put(f"drivers/{flow_run.id}.json", driver.model_dump_json().encode())
+    settled: list[Decision] = []
+    monkeypatch.setattr(reconcile, "find_flow_run", lambda *_: flow_run)
+    monkeypatch.setattr(reconcile, "tell_news", lambda *_: True)
+    monkeypatch.setattr(reconcile, "settle", lambda _client, _driver, decision: settled.append(decision))
+    monkeypatch.setattr(reconcile, "restart", lambda *_: (["restarted"], "its successor"))
+    reconcile.reconcile_run(None, record)
+    goes_on = deployed or state is JobState.SUCCEEDED
+    assert settled == [Decision.RESTART if goes_on else Decision.FORGET]
+    assert not record.folder.names("drivers")
