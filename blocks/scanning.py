@@ -40,6 +40,11 @@ def stat_of(result: os.stat_result) -> Stat:
     return Stat(result.st_size, result.st_mtime_ns, result.st_ctime_ns, result.st_ino)
 
 
+def require_folder(root: Path) -> None:
+    if not root.is_dir():
+        raise TrainerError(f"{root} is not a folder", hint="give the folder of the dataset", code=ExitCode.NOT_FOUND)
+
+
 @dataclass
 class Scan:
     """One walk over a folder. ``left_out`` counts what was not followed or is no file, with an example of each kind."""
@@ -54,8 +59,7 @@ class Scan:
 
         Raises TrainerError: NOT_FOUND for no folder, DATA for a name that no manifest can hold, PERMISSION.
         """
-        if not self.root.is_dir():
-            raise TrainerError(f"{self.root} is not a folder", hint="give the folder of the dataset", code=ExitCode.NOT_FOUND)
+        require_folder(self.root)
         self._real = os.path.realpath(self.root)
         self._within: dict[str, bool] = {}  # folders of wanted paths
         if self.only is not None:

@@ -27,7 +27,7 @@ from blocks.learning import Learner
 from blocks.leases import Lease, StoreChanged, check_generation, settled_generation, until_unchanged
 from blocks.reading import MEMORY_BYTES, Read, read_files, take_read
 from blocks.refs import Ref, choose_name, move_ref, read_ref, ref_key
-from blocks.scanning import Scan, Stat, place_within
+from blocks.scanning import Scan, Stat, place_within, require_folder
 from blocks.sending import find_missing, list_objects, list_sizes, object_names
 from blocks.stat_cache import StatCache, with_cache
 from blocks.uploads import LARGE_BYTES, Uploader
@@ -85,7 +85,8 @@ def stage_folder(
     started = time.monotonic()
     root, store_uri = root.absolute(), to_uri(store_uri)
     name = name or choose_name((Path(os.path.realpath(root)) if root.name == ".." else root).name)
-    ref_key(name)  # refused before anything is done
+    ref_key(name)  # refused before anything is done, so that no empty store is left
+    require_folder(root)
     inner = place_within(store_uri, root)
     counts = Counts(total_files=len(only) if only is not None else 0)
 

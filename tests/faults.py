@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from tests.serving import in_thread
+
 PIECE_BYTES = 16 * 2**10
 ALWAYS = 10**9
 
@@ -197,14 +199,8 @@ class _Server(ThreadingHTTPServer):
 def running_proxy(upstream: str, certificate: Path | None = None) -> Iterator[FaultProxy]:
     """Speaks plain HTTP, also before a server that does not."""
     proxy = FaultProxy(upstream, certificate)
-    server = _Server(("127.0.0.1", 0), _make_answering(proxy))
-    proxy.address = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield proxy
-    finally:
-        proxy.closing.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with in_thread(_Server(("127.0.0.1", 0), _make_answering(proxy))) as proxy.address:
+        try:
+            yield proxy
+        finally:
+            proxy.closing.set()

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from tests.serving import in_thread
 from trainer.contract import utc_now
 
 Object = dict[str, Any]
@@ -112,14 +113,6 @@ def _make_answering(api: KubernetesApi) -> type[BaseHTTPRequestHandler]:
 def running_api() -> Iterator[KubernetesApi]:
     api = KubernetesApi()
     server = ThreadingHTTPServer(("127.0.0.1", 0), _make_answering(api))
-    server.daemon_threads = True
     server.block_on_close = False
-    api.address = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with in_thread(server) as api.address:
         yield api
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

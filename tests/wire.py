@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+from tests.serving import in_thread
+
 PIECE_BYTES = 64 * 2**10
 
 
@@ -78,12 +80,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
 @contextmanager
 def running_wire(upstream: str) -> Iterator[Wire]:
-    with _Server(("127.0.0.1", 0), _Carrying) as server:
-        server.wire = Wire(upstream, f"127.0.0.1:{server.server_address[1]}")
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield server.wire
-        finally:
-            server.shutdown()
-            thread.join()
+    server = _Server(("127.0.0.1", 0), _Carrying)
+    server.wire = Wire(upstream, f"127.0.0.1:{server.server_address[1]}")
+    with in_thread(server):
+        yield server.wire

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.crash import CrashPlan
+from tests.serving import in_thread
 from tests.stack import BIN, Stack, free_port, wait_for
 
 CONFIG: dict[str, Any] = {"model": "yolo11-pico", "epochs": 30, "batch_size": 4, "image_size": 64, "workers": 0, "device": "cpu"}
@@ -101,15 +101,8 @@ def receiving(messages: list[str]) -> Iterator[str]:
         def log_message(self, format: str, *args: Any) -> None:
             """Quiet."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/hook"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with in_thread(ThreadingHTTPServer(("127.0.0.1", 0), Receiver)) as address:
+        yield f"{address}/hook"
 
 
 @pytest.fixture(scope="module")

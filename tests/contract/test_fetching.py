@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import pytest
 
+from tests.serving import in_thread
 from tests.staged_store import read_tree, write, write_store
 from trainer import ranges
 from trainer.contract import ExitCode, TrainerError
@@ -88,15 +89,9 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextlib.contextmanager
 def serving(root: Path, is_cut: Callable[[int], bool], etag: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[BreakingServer]:
     server = BreakingServer(root, is_cut, etag)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    try:
+    with in_thread(server) as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.mark.parametrize("etag", ['"x"', ""])

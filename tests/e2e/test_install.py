@@ -8,7 +8,6 @@ import os
 import pwd
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.components import skip_or_fail
+from tests.serving import in_thread
 from tests.stack import BIN, Stack, free_port, stop, wait_for
 from trainer.contract import ExitCode
 
@@ -197,10 +197,8 @@ def answering(status: int, body: str) -> Iterator[str]:
         def log_message(self, format: str, *args: Any) -> None:
             """Not into the test's output."""
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/api"
-        server.shutdown()
+    with in_thread(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
+        yield f"{address}/api"
 
 
 def try_install(folder: Path, url: str | None) -> subprocess.CompletedProcess[str]:

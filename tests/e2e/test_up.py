@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from uuid import uuid4
 import psutil
 import pytest
 
+from tests.serving import in_thread
 from tests.stack import BIN, Stack, free_port, stop, wait_for
 from trainer.contract import ExitCode
 
@@ -46,10 +46,8 @@ class Receiver(http.server.BaseHTTPRequestHandler):
 def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     messages: list[dict[str, Any]] = []
     receiver = type("Here", (Receiver,), {"messages": messages})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), receiver) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/hook/verysecret", messages
-        server.shutdown()
+    with in_thread(http.server.ThreadingHTTPServer(("127.0.0.1", 0), receiver)) as address:
+        yield f"{address}/hook/verysecret", messages
 
 
 def clean_environment(folder: Path) -> dict[str, str]:

@@ -320,3 +320,9 @@ def test_a_change_of_a_version_whose_older_manifest_is_lost_is_whole(tmp_path: P
     oldest.unlink() if damage == "gone" else oldest.write_bytes(oldest.read_bytes()[:-9])
     write_numbers(root, [101, *numbers[1:]])
     assert verify_version(str(store), stage_folder(root, str(store)).version).files == 20
+
+
+def test_a_folder_that_is_not_there_leaves_no_empty_store(tmp_path: Path) -> None:
+    with pytest.raises(TrainerError, match="is not a folder"):
+        stage_folder(tmp_path / "none", str(tmp_path / "store"), "set")
+    assert not (tmp_path / "store").exists()
